@@ -1,0 +1,30 @@
+# make demo | make test | make setup: each sets up what is missing in .venv and goes.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: setup demo test slow lint figures clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet --user uv || $(PYTHON) -m pip install --quiet uv
+	@PATH="$$HOME/.local/bin:$$PATH"; [ -x $(BIN)/python ] || uv venv --quiet --python $(PYTHON) $(VENV)
+	@PATH="$$HOME/.local/bin:$$PATH"; uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --num_processes 1 -m ddpo.train configs/demo.yaml run.output=$(RUN)
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,42 @@
+"""The console command: `ddpo train|generate|report`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ddpo import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 stopped with an error, 2 something asked for is wrong."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["train"]:  # its words are a config and its overrides: they have a parser of their own
+        return train.main(words[1:])
+    parser = argparse.ArgumentParser(prog="ddpo", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("train", help="train on one process; `accelerate launch -m ddpo.train` is for several", add_help=False)
+    report = verbs.add_parser("report", help="write a run folder's report.html")
+    report.add_argument("run", type=Path)
+    generate = verbs.add_parser("generate", help="draw base | tuned pictures of a prompt from a run's LoRA")
+    generate.add_argument("run", type=Path)
+    generate.add_argument("-p", "--prompt", required=True)
+    generate.add_argument("--seeds", type=int, default=4, help="pairs, from seed 0 on")
+    generate.add_argument("-o", "--output", type=Path, default=Path("pairs.png"))
+    args = parser.parse_args(words)
+    try:
+        if args.verb == "report":
+            from ddpo.report import write_report
+
+            print(write_report(args.run))
+        else:
+            from ddpo.experiment import generate_pairs
+
+            print(generate_pairs(args.run, args.prompt, args.seeds, args.output))
+    except (ValueError, FileNotFoundError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""From a name in a config to a class or function, and to the arguments that it takes.
+
+    "nft:NFT"                      NFT in nft.py of the package that the config's field names
+    "nft"                          the same, where NFT is the only component of that module, or bears its name
+    "my_lab.losses:Mine"           a dotted module is imported as it stands: a plug-in needs no registration
+    "path/to/file.py:Mine"         a file, from the working directory
+
+A component is a public class or function of the module that defines it. Modules are listed without being imported.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast, get_type_hints
+
+
+@dataclass(frozen=True)
+class In:
+    """Marks a field that holds a component: the package whose modules may be named shortly.
+
+    `extra` is a dataclass whose fields stand beside the component's own options, as a reward's weight does.
+    """
+
+    package: str
+    extra: type | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    """What a config names and has not built yet. Arguments that `options` leaves out are filled in with their defaults."""
+
+    name: str  # as it was written
+    factory: Callable[..., Any]
+    options: dict[str, Any]
+    extra: Any = None  # an instance of In.extra
+
+    def __post_init__(self) -> None:
+        known = parameters(self.factory)
+        defaults = {key: p.default() for key, p in known.items() if p.default and key not in self.options}
+        whole = {**defaults, **self.options}
+        in_order = {key: whole[key] for key in (*known, *self.options) if key in whole}
+        object.__setattr__(self, "options", in_order)
+
+    def build(self) -> Any:
+        """The component itself, newly made."""
+        return self.factory(**self.options)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument: what it may be, and what makes its default (None if it must be given)."""
+
+    annotation: Any
+    default: Callable[[], Any] | None
+
+
+class NotFound(ValueError):
+    """A name that leads to no component; the message lists what there is."""
+
+
+def find(name: str, package: str) -> Callable[..., Any]:
+    """The class or function that a config means by `name`.
+
+    Raises:
+        NotFound: if there is none, or several, or the module cannot be imported.
+    """
+    place, _, attribute = name.partition(":")
+    if place.endswith(".py"):
+        module = _from_file(place)
+    elif all(part.isidentifier() for part in place.split(".")):
+        module = _imported(place if "." in place else f"{package}.{place}")
+    else:
+        raise NotFound(f"{name!r} is no component's name; write module, module:Class, or path/to/file.py:Class")
+    return _named(module, attribute) if attribute else _only(module, place)
+
+
+def modules(package: str) -> list[str]:
+    """The public modules of a package, by their short names."""
+    folders = getattr(importlib.import_module(package), "__path__", [])
+    return sorted(m.name for m in pkgutil.iter_modules(folders) if not m.name.startswith("_"))
+
+
+def parameters(factory: Callable[..., Any]) -> dict[str, Parameter]:
+    """What a class's constructor or a function takes by name, in order.
+
+    Raises:
+        NotFound: if Python cannot tell.
+    """
+    subject: Any = factory
+    data = inspect.isclass(subject) and dataclasses.is_dataclass(subject)
+    made = {f.name: f.default_factory for f in dataclasses.fields(subject)} if data else {}
+    try:
+        hints = get_type_hints(subject.__init__ if inspect.isclass(subject) and not data else subject, include_extras=True)
+        signature = inspect.signature(factory)
+    except (NameError, TypeError, ValueError) as error:
+        raise NotFound(f"the arguments of {factory!r} cannot be read: {error}") from error
+    return {
+        p.name: Parameter(hints.get(p.name, Any), _default(p, made.get(p.name, dataclasses.MISSING)))
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+
+
+def hint(word: Any, choice: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" where a choice is near enough, else ""."""
+    close = get_close_matches(str(word), list(choice), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _default(parameter: inspect.Parameter, made: Any) -> Callable[[], Any] | None:
+    if made is not dataclasses.MISSING:  # then the signature shows a stand-in
+        return lambda: made()
+    return None if parameter.default is parameter.empty else lambda: parameter.default
+
+
+def _imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        parent, _, leaf = module.rpartition(".")
+        if not isinstance(error, ModuleNotFoundError) or not f"{module}.".startswith(f"{error.name}."):
+            raise NotFound(_failure(module, error)) from error
+        if error.name != module:
+            raise NotFound(f"there is no module {error.name}; is its folder on PYTHONPATH?") from error
+        raise NotFound(f"there is no module {leaf} in {parent}{_choice(leaf, modules(parent))}") from error
+
+
+def _from_file(place: str) -> ModuleType:
+    """The module in a file, loaded once: its absolute path is its name."""
+    path = Path(place).resolve()
+    if str(path) in sys.modules:
+        return sys.modules[str(path)]
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise NotFound(f"there is no file {place} in {Path.cwd()}")
+    module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[str(path)]
+        raise NotFound(_failure(place, error)) from error
+    return module
+
+
+def _failure(module: str, error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in f.filename]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""  # a SyntaxError says it itself
+    return f"{module} cannot be imported: {type(error).__name__}: {error}{place}"
+
+
+def _public(module: ModuleType) -> Iterator[str]:
+    for name, value in vars(module).items():
+        own = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__
+        if own and not name.startswith("_"):
+            yield name
+
+
+def _named(module: ModuleType, attribute: str) -> Callable[..., Any]:
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        choice = _choice(attribute, list(_public(module)))
+        raise NotFound(f"there is no class or function {attribute} in {module.__name__}{choice}")
+    return cast(Callable[..., Any], found)
+
+
+def _only(module: ModuleType, place: str) -> Callable[..., Any]:
+    """The component that a module's name alone stands for."""
+    known = list(_public(module))
+    stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    alike = [name for name in known if name.lower() == stem.lower().replace("_", "")]
+    for names in (known, alike):
+        if len(names) == 1:
+            return cast(Callable[..., Any], getattr(module, names[0]))
+    raise NotFound(f"{module.__name__} has {', '.join(known) or 'no component'}; write {place}:Name to choose one")
+
+
+def _choice(word: str, known: list[str]) -> str:
+    return f"{hint(word, known) or ';'} it has {', '.join(known) or 'none'}"

@@ -1,0 +1,104 @@
+"""Tuned against base: the same held-out prompts, the same noise, every time.
+
+The base model's pictures are drawn once, at iteration 0. A difference is therefore paired, and its interval is that of
+the prompts: they are what a new user would bring other ones of.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddpo.diffusion import gaussian_kl
+from ddpo.noise import generator
+from ddpo.policy import Policy
+from ddpo.rollout import Rollout
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_interval(differences: Tensor, prompts: Sequence[str], resamples: int = 4000) -> Interval:
+    """Mean of (N,) paired differences, and its 95 % percentile-bootstrap interval (Efron & Tibshirani 1993, ch. 13).
+
+    Prompts are resampled, not pictures: those of one prompt are not independent. NaN differences are left out.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, difference in zip(prompts, differences.tolist(), strict=True):
+        if difference == difference:  # not NaN
+            by_prompt.setdefault(prompt, []).append(difference)
+    if not by_prompt:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    means = torch.tensor([sum(v) / len(v) for v in by_prompt.values()], dtype=torch.float64)
+    draws = torch.randint(len(means), (resamples, len(means)), generator=generator("bootstrap", len(means)))
+    low, high = means[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(means.mean().item(), low, high)
+
+
+def diversity(images: Tensor, prompts: Sequence[str]) -> float:
+    """How different the pictures of one prompt are: root mean square pixel distance in [0, 1], averaged over all pairs.
+
+    Pictures are compared at 32 x 32, so that fine noise does not pass for variety. NaN if no prompt has two pictures.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+    """
+    small = F.adaptive_avg_pool2d(images.float() / 255, 32).flatten(1)
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(i)
+    distances = [torch.pdist(small[group]) / small.shape[1] ** 0.5 for group in rows.values() if len(group) > 1]
+    return torch.cat(distances).mean().item() if distances else float("nan")
+
+
+def win_rate(base: Tensor, tuned: Tensor) -> float:
+    """The share of pairs in which the tuned picture scores higher; a tie is half a win. NaN pairs are left out."""
+    both = base.isfinite() & tuned.isfinite()
+    return ((tuned > base).double() + 0.5 * (tuned == base).double())[both].mean().item()
+
+
+@torch.no_grad()
+def step_kl(policy: Policy, rollout: Rollout, size: int) -> float:
+    """Mean KL of the policy to the base model in nats a denoising step, exact, over every stochastic step of the rollout.
+
+    Args:
+        size: rows that go through the network at a time.
+    """
+    per_step: list[Tensor] = []
+    for chunk in rollout.chunks(size):
+        for step in rollout.stochastic:
+            view = chunk.transition(step)
+            mean, std = view.replay(policy)
+            with policy.acting_as("reference"):
+                reference, _ = view.replay(policy)
+            per_step.append(gaussian_kl(mean, reference, std))
+    return torch.cat(per_step).mean().item()
+
+
+def compare(
+    base: dict[str, Tensor], tuned: dict[str, Tensor], objective: tuple[Tensor, Tensor], prompts: Sequence[str]
+) -> dict[str, float]:
+    """The evaluation's share of a line of metrics.jsonl.
+
+    Args:
+        base, tuned: (N,) scores of each scorer on the same prompts and noise.
+        objective: (N,) the weighted total that training maximises, of base and tuned.
+    """
+    metrics = {"eval/win_rate": win_rate(*objective)}
+    for name, before in base.items():
+        change = paired_interval(tuned[name] - before, prompts)
+        metrics |= {
+            f"eval/{name}/base": before.nanmean().item(),
+            f"eval/{name}/tuned": tuned[name].nanmean().item(),
+            f"eval/{name}/delta": change.mean,
+            f"eval/{name}/delta_low": change.low,
+            f"eval/{name}/delta_high": change.high,
+        }
+    return metrics

@@ -1,0 +1,260 @@
+"""From a config file to a finished run folder."""
+
+import os
+import platform
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+
+from ddpo import export, prompts, report
+from ddpo.checkpoint import CheckpointError, latest, run_lock, write_json
+from ddpo.checkpoint import load as load_checkpoint
+from ddpo.config import Component, Config, In, dump, load
+from ddpo.diffusion import DDIM
+from ddpo.noise import Address
+from ddpo.policy import LoRA, Policy
+from ddpo.recipe import Acting, Evaluating, Learning, Prompts, Run, Weight
+from ddpo.rollout import collect
+
+VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "pillow"]
+Scorers = list[Annotated[Component, In("rewards", extra=Weight)]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole config file."""
+
+    model: Annotated[Component, In("ddpo.models")]
+    prompts: Prompts
+    rollout: Acting
+    algorithm: Annotated[Component, In("ddpo.algorithms")]
+    advantage: Annotated[Component, In("ddpo")]
+    rewards: Scorers
+    held_out_rewards: Scorers = field(default_factory=list)
+    run: Run = field(default_factory=Run)
+    lora: LoRA = field(default_factory=LoRA)
+    optimizer: Learning = field(default_factory=Learning)
+    evaluation: Evaluating = field(default_factory=Evaluating)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options that are right by themselves and cannot go together."""
+        for key in ("train", "held_out"):
+            try:
+                prompts.load(getattr(self.prompts, key))
+            except (prompts.PromptError, OSError) as e:
+                yield f"prompts.{key}", str(e)
+        if not self.rewards:
+            yield "rewards", "there is none; name at least one, such as {name: jpeg:Compressibility}"
+        algorithm, solver, advantage = self.algorithm.build(), self.rollout.solver.build(), self.advantage.build()
+        if refusal := algorithm.refusal(solver):
+            yield "rollout.solver", refusal
+        if self.rollout.group_size < advantage.smallest_group:
+            yield (
+                "rollout.group_size",
+                f"is {self.rollout.group_size}; {self.advantage.name} compares pictures of one prompt and needs at least "
+                f"{advantage.smallest_group}: raise it, or use advantage: {{name: advantage:PerPrompt}}",
+            )
+        if algorithm.on_policy and self.optimizer.updates * self.optimizer.epochs > 1:
+            yield (
+                "optimizer.updates",
+                f"{self.algorithm.name} is right for the first update of a rollout only; set optimizer.updates=1 and "
+                "optimizer.epochs=1, or use algorithm: {name: ddpo:DDPO}",
+            )
+
+    def shares(self, processes: int) -> Iterator[tuple[str, str]]:
+        """What does not divide: groups by updates and processes, and their pictures by batches."""
+        parts = self.optimizer.updates * processes
+        if self.rollout.prompts % parts:
+            yield (
+                "rollout.prompts",
+                f"is {self.rollout.prompts}; it must be a multiple of optimizer.updates x processes = {self.optimizer.updates} x "
+                f"{processes} = {parts}, because a prompt group stays on one process: use {-(-self.rollout.prompts // parts) * parts}",
+            )
+            return
+        update = self.rollout.images // parts
+        for key, size, rows in (
+            ("rollout.batch_size", self.rollout.batch_size, self.rollout.images // processes),
+            ("optimizer.micro_batch", self.optimizer.micro_batch, update),
+        ):
+            if size < rows and rows % size:
+                fitting = [n for n in range(1, size + 1) if rows % n == 0]
+                yield key, f"is {size}; each process has {rows} pictures for it, which it must divide: use {fitting[-1]}"
+
+
+def read(path: str, overrides: list[str], processes: int) -> Config[Recipe]:
+    """A checked recipe. Raises ConfigError with everything that is wrong with it."""
+    config = load(path, overrides, Recipe)
+    config.refuse(config.recipe.shares(processes))
+    return config
+
+
+def plan(recipe: Recipe) -> str:
+    """What a run will do, without loading any weights."""
+    acting, learning, run = recipe.rollout, recipe.optimizer, recipe.run
+    passes = 1 if acting.guidance == 1 else 2
+    update = acting.images // learning.updates
+    trained = learning.epochs * getattr(recipe.algorithm.build(), "steps", 1.0)
+    lines = {
+        "an iteration": f"{acting.prompts} prompt groups x {acting.group_size} = {acting.images} pictures, {acting.num_steps} steps each",
+        "its updates": f"{learning.updates * learning.epochs}, each of {update} pictures in micro-batches of {min(learning.micro_batch, update)}",
+        "network passes": f"{acting.images * acting.num_steps * passes:,} to act; "
+        f"{round(acting.images * acting.num_steps * passes * trained):,} forward and backward to learn",
+        "the run": f"{run.iterations} iterations, {run.iterations * acting.images:,} pictures, "
+        f"{run.iterations * learning.updates * learning.epochs:,} updates",
+        "evaluations": f"{1 + -(-run.iterations // run.eval_every)}, each of {recipe.evaluation.prompts} x {recipe.evaluation.seeds} pictures",
+        "prompts": f"{len(prompts.load(recipe.prompts.train))} to train on, {len(prompts.load(recipe.prompts.held_out))} held out",
+    }
+    return "\n".join(f"{name + ':':16} {text}" for name, text in lines.items())
+
+
+def run(recipe: Recipe, words: list[str]) -> int:
+    """Train, and leave a run folder. Returns the exit code."""
+    from accelerate import Accelerator  # here, like all that takes seconds to import: a misspelt key should not wait for it
+
+    from ddpo.journal import JournalError
+    from ddpo.progress import Display
+    from ddpo.trainer import TrainingError
+    from rewards import RewardError
+
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":  # launchers give each process one thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    folder = _folder(recipe, words[0], accelerator)
+    main = accelerator.is_main_process
+    display = Display(main, folder / "train.log" if main else None)
+    record = Record(folder, recipe, words, accelerator.num_processes) if main else None
+    try:
+        with run_lock(folder) if main else nullcontext():
+            if record:
+                record.write("running")
+            trainer, last = _train(recipe, folder, accelerator, display)
+            if record:
+                record.write("finished")
+                lora = export.save_lora(trainer.policy, folder, folder.name)
+                export.save_card(folder, record.fields, last)
+                report.write_report(folder)
+                display.summary(folder, last, lora, record.resume, f"ddpo report {folder}")
+    except (TrainingError, CheckpointError, JournalError, RewardError) as e:
+        display.say(f"stopped: {e}")
+        if record:
+            record.write("failed", str(e))
+            display.say(f"to go on after mending it: {record.resume}")
+        return 1
+    except KeyboardInterrupt:
+        if record:
+            record.write("interrupted")
+            display.say(f"interrupted; at most one iteration is lost. To go on: {record.resume}")
+        return 130
+    return 0
+
+
+def _train(recipe: Recipe, folder: Path, accelerator: Any, display: Any) -> tuple[Any, dict[str, Any]]:
+    """Load the model and the scorers, and train."""
+    from ddpo.trainer import Plan, Task, Trainer
+    from rewards import Rubric
+
+    display.say(f"{folder}: loading {recipe.model.options.get('path', recipe.model.name)}")
+    policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
+    rubrics = [Rubric.of([(c.build(), c.extra.weight) for c in parts]) for parts in (recipe.rewards, recipe.held_out_rewards)]
+    task = Task(prompts.load(recipe.prompts.train), prompts.load(recipe.prompts.held_out), *rubrics)
+    schedule = Plan(recipe.run.seed, recipe.run.iterations, recipe.run.eval_every, recipe.run.save_every)
+    trainer = Trainer(
+        policy, recipe.algorithm.build(), recipe.advantage.build(), task, schedule, recipe.rollout, recipe.optimizer,
+        recipe.evaluation, folder, identity(recipe), accelerator, display,
+    )  # fmt: skip
+    return trainer, trainer.run()
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run's numbers, flat: a checkpoint made with other settings is not resumed from."""
+    settings = yaml.safe_load(dump(recipe))
+    for key in ("evaluation", "held_out_rewards"):
+        settings.pop(key, None)
+    settings["run"] = {"seed": recipe.run.seed}
+    settings["prompts"] = {"train": prompts.digest(recipe.prompts.train)}
+    return _flat(settings)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
+    if isinstance(value, list):
+        return _flat({str(i): part for i, part in enumerate(value)}, prefix)
+    return {prefix[:-1]: value}
+
+
+def _folder(recipe: Recipe, config: str, accelerator: Any) -> Path:
+    """run.output, or runs/<name>; all processes agree on the time in it."""
+    from accelerate.utils import broadcast
+
+    if recipe.run.output:
+        return Path(recipe.run.output)
+    started = broadcast(torch.tensor([int(time.time())], device=accelerator.device)).item()
+    stamp = datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / (recipe.run.name or f"{Path(config).stem}-{stamp}")
+
+
+class Record:
+    """run.json and config.yaml: what was asked for, by whom and when, and how it ended."""
+
+    def __init__(self, folder: Path, recipe: Recipe, words: list[str], processes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump(recipe), encoding="utf-8")
+        self.path = folder / "run.json"
+        self.resume = shlex.join(["accelerate", "launch", "-m", "ddpo.train", *_with_output(words, folder)])
+        self.fields: dict[str, Any] = {
+            "name": folder.name,
+            "command": shlex.join(["accelerate", "launch", "-m", "ddpo.train", *words]),
+            "resume_command": self.resume,
+            "seed": recipe.run.seed,
+            "model": recipe.model.options.get("path", recipe.model.name),
+            "revision": recipe.model.options.get("revision"),
+            "algorithm": recipe.algorithm.name,
+            "rewards": [c.name for c in recipe.rewards],
+            "held_out_rewards": [c.name for c in recipe.held_out_rewards],
+            "prompts": {
+                key: {"path": source, "sha256": prompts.digest(source)}
+                for key, source in (("train", recipe.prompts.train), ("held_out", recipe.prompts.held_out))
+            },
+            "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS},
+            "world_size": processes,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def write(self, status: str, reason: str | None = None) -> None:
+        ended = None if status == "running" else datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(self.path, {**self.fields, "status": status, "ended": ended, "exit_reason": reason})
+
+
+def _with_output(words: list[str], folder: Path) -> list[str]:
+    kept = [w for w in words if not w.lstrip("-").startswith(("run.output=", "run.name="))]
+    return [*kept, f"run.output={folder}"]
+
+
+def generate_pairs(folder: Path, prompt: str, seeds: int, output: Path) -> Path:
+    """Draw a prompt with the base model (above) and with the run's newest LoRA (below), from the same noise."""
+    from PIL import Image
+
+    recipe = load(folder / "config.yaml", [], Recipe).recipe
+    policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
+    found = latest(folder / "checkpoints", print)
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet: there is nothing to compare with the base model")
+    policy.load(load_checkpoint(found, identity(recipe)).tensors["lora"])
+    addresses: list[Address] = [("generate", seed) for seed in range(seeds)]
+    rows = []
+    for self_name in ("reference", "now"):
+        with policy.acting_as(self_name):
+            drawn = collect(policy, [prompt] * seeds, addresses, DDIM(0.0), recipe.rollout.num_steps, recipe.rollout.batch_size, False)
+        rows.append(torch.cat(list(drawn.images), 2))
+    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(output)
+    return output

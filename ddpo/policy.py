@@ -1,0 +1,126 @@
+"""The policy: a family's network with its trainable weights, guidance, and the earlier selves it can act as."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from ddpo.diffusion import Prediction
+from ddpo.models import Cond, Family
+from ddpo.noise import generator
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation (Hu et al. 2021): W + alpha / rank * B A, with A Gaussian and B zero at the start.
+
+    Args:
+        rank: of the update.
+        alpha: its scale; None is the rank itself, that is scale 1, the one value that every loader agrees on.
+        targets: names of the modules that get one; None is the family's own choice (attention).
+    """
+
+    rank: Annotated[int, Ge(1)] = 16
+    alpha: Annotated[float, Gt(0)] | None = None
+    targets: list[str] | None = None
+
+
+class Policy:
+    """A network that acts and learns.
+
+    Args:
+        family: the model; its network is given LoRA weights, the only ones that train. They are float32.
+        lora: their shape.
+        guidance: scale of classifier-free guidance; 1 is none. It lives here, so acting and learning cannot disagree.
+        seed: of the first LoRA weights.
+    """
+
+    def __init__(self, family: Family, lora: LoRA, guidance: float = 1.0, seed: int = 0):
+        from peft import LoraConfig  # here: it takes seconds, and a typo in a config should not
+
+        self.family, self.guidance, self.network = family, guidance, family.network
+        self.lora_config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha, init_lora_weights="gaussian",
+            target_modules=lora.targets or family.lora_targets,
+        )  # fmt: skip
+        self.network.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(seed, "lora").initial_seed())
+            try:
+                self.network.add_adapter(self.lora_config)
+            except ValueError as e:
+                raise ValueError(f"lora.targets: {self.lora_config.target_modules}: {e}") from e
+        self.weights: dict[str, torch.nn.Parameter] = {}
+        for name, weight in self.network.named_parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+                self.weights[name] = weight
+        self._selves: dict[str, list[Tensor]] = {}
+        self._null: Cond | None = None
+        self.remember("reference")
+
+    def to(self, device: torch.device) -> None:
+        self.family.to(device)
+        self._selves = {name: [w.to(device) for w in kept] for name, kept in self._selves.items()}
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """What the network believes about x (B, C, H, W) at time t (B,). The same call serves acting and learning."""
+        if self.guidance == 1.0:
+            out = self.family.denoise(self.network, x, t, cond)
+        else:
+            null = {k: v.expand_as(cond[k]) for k, v in self._nothing().items()}
+            both = {k: torch.cat([null[k], cond[k]]) for k in cond}
+            without, out = self.family.denoise(self.network, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            out = without + self.guidance * (out - without)
+        return self.family.interpret(out, x, self.family.schedule.level(t))
+
+    def _nothing(self) -> Cond:
+        """The empty prompt, encoded once."""
+        if self._null is None:
+            self._null = self.family.encode([""])
+        return self._null
+
+    # An earlier self is a copy of the trainable weights under a name: "reference", "old", "ema".
+
+    @torch.no_grad()
+    def remember(self, name: str, decay: float = 0.0) -> None:
+        """Earlier self <- decay * earlier self + (1 - decay) * now; the first call stores the weights as they are."""
+        if name not in self._selves:
+            self._selves[name] = [w.detach().clone() for w in self.weights.values()]
+        for kept, w in zip(self._selves[name], self.weights.values(), strict=True):
+            kept.lerp_(w, 1 - decay)
+
+    @contextmanager
+    def acting_as(self, name: str) -> Iterator[None]:
+        """Be an earlier self, or "now", without gradients. Nothing is copied: the weights only point elsewhere."""
+        weights = list(self.weights.values())
+        now = [w.data for w in weights]
+        try:
+            if name != "now":
+                for w, kept in zip(weights, self._selves[name], strict=True):
+                    w.data = kept
+            with torch.no_grad():
+                yield
+        finally:
+            for w, data in zip(weights, now, strict=True):
+                w.data = data
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take these trainable weights, by name."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[name])
+
+    def lora_layers(self) -> dict[str, Tensor]:
+        """The LoRA as peft names it: {"down_blocks.0...to_q.lora_A.weight": ...}, float32 on the CPU."""
+        from peft import get_peft_model_state_dict
+
+        return {k: v.detach().float().cpu().contiguous() for k, v in get_peft_model_state_dict(self.network).items()}
+
+    def lora_metadata(self) -> dict[str, Any]:
+        """peft's own description of the LoRA, as JSON."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in self.lora_config.to_dict().items()}

@@ -1,0 +1,119 @@
+"""A run's settings: the sections of a config file. Components bring their own options; here is what the loop itself asks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt
+
+from ddpo.config import Component, In
+from ddpo.policy import LoRA
+
+
+@dataclass(frozen=True)
+class Run:
+    """Config section `run`.
+
+    Args:
+        name: of the run folder under runs/; None is the config's own name and the time.
+        output: the run folder itself, instead. Running the same command again with it resumes.
+        seed: of all randomness.
+        iterations: rounds of acting and learning.
+        eval_every: iterations between evaluations; there is one before the first and one after the last.
+        save_every: iterations between checkpoints; there is one after each evaluation too.
+    """
+
+    name: str | None = None
+    output: str | None = None
+    seed: Annotated[int, Ge(0)] = 0
+    iterations: Annotated[int, Ge(1)] = 100
+    eval_every: Annotated[int, Ge(1)] = 10
+    save_every: Annotated[int, Ge(1)] = 10
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Config section `prompts`: each a .txt or .jsonl file or the name of a built-in list."""
+
+    train: str
+    held_out: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a reward's entry takes beside the scorer's own options."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Config section `rollout`: how pictures are made.
+
+    Args:
+        solver: the sampler.
+        num_steps: denoising steps a picture.
+        guidance: scale of classifier-free guidance, in acting and in learning; 1 is none.
+        prompts: prompt groups an iteration, over all processes.
+        group_size: pictures a group.
+        batch_size: pictures that go through the network at a time, on each process.
+    """
+
+    solver: Annotated[Component, In("ddpo")]
+    num_steps: Annotated[int, Ge(1)] = 50
+    guidance: Annotated[float, Ge(0)] = 5.0
+    prompts: Annotated[int, Ge(1)] = 8
+    group_size: Annotated[int, Ge(1)] = 8
+    batch_size: Annotated[int, Ge(1)] = 8
+
+    @property
+    def images(self) -> int:
+        """Pictures an iteration."""
+        return self.prompts * self.group_size
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Config section `optimizer`: AdamW on the LoRA weights.
+
+    Args:
+        lr: learning rate.
+        updates: optimizer steps an epoch; each takes an equal share of the iteration's groups.
+        epochs: times that an iteration's pictures are gone through.
+        micro_batch: rows of one backward pass, on each process; gradients add up to the whole update.
+        max_grad_norm: gradients are scaled down to this norm.
+        weight_decay: AdamW's.
+        eight_bit: keep Adam's moments in 8 bits (needs bitsandbytes and a GPU).
+    """
+
+    lr: Annotated[float, Gt(0)] = 3e-4
+    updates: Annotated[int, Ge(1)] = 1
+    epochs: Annotated[int, Ge(1)] = 1
+    micro_batch: Annotated[int, Ge(1)] = 8
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    eight_bit: bool = False
+
+    def build(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        kind = torch.optim.AdamW
+        if self.eight_bit:
+            from bitsandbytes.optim import AdamW8bit as kind
+        return kind(weights, self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Config section `evaluation`: held-out prompts, drawn by the deterministic sampler that users will run.
+
+    Args:
+        prompts: how many, spread evenly over the held-out list.
+        seeds: pictures a prompt; two at least, to measure diversity.
+        num_steps: None is rollout.num_steps.
+    """
+
+    prompts: Annotated[int, Ge(1)] = 32
+    seeds: Annotated[int, Ge(1)] = 2
+    num_steps: Annotated[int, Ge(1)] | None = None
+
+

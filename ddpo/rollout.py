@@ -1,0 +1,158 @@
+"""What came of acting, and how a loss may look at it.
+
+A view is what one backward pass sees. Trajectory methods see a Transition: one denoising step that was taken. No
+algorithm sees anything else of a rollout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ddpo.diffusion import Solver, log_prob, step_mean
+from ddpo.models import Cond
+from ddpo.noise import Address, normal
+from ddpo.policy import Policy
+
+
+@dataclass
+class Transition:
+    """One step of a trajectory that was taken, x -> x_next, with the solver it was taken by. Rows are samples."""
+
+    x: Tensor
+    x_next: Tensor
+    t: Tensor
+    t_next: Tensor
+    log_prob: Tensor  # (B,) when it was taken
+    solver: Solver
+    cond: Cond
+    advantage: Tensor  # (B,)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def replay(self, policy: Policy) -> tuple[Tensor, Tensor]:
+        """(mean, std) of x_next under the policy as it is now."""
+        level = policy.family.schedule.level
+        return step_mean(policy(self.x, self.t, self.cond), level(self.t), level(self.t_next), self.solver)
+
+
+@dataclass
+class Rollout:
+    """N samples, row by row: rollout[rows] is a Rollout.
+
+    `cond` is stored once a prompt, not once a sample: rows point into it.
+    """
+
+    prompts: list[str]
+    cond: Cond  # (number of different prompts, ...)
+    cond_rows: Tensor  # (N,)
+    latents: Tensor  # (N, S + 1, C, H, W), or (N, 1, C, H, W) where only the end was kept
+    times: Tensor  # (S + 1,)
+    log_probs: Tensor  # (N, S); of a deterministic step, which has no density, it is not finite
+    stochastic: list[int]  # the steps that have a density
+    images: Tensor  # (N, 3, height, width) uint8 on the CPU: the very pixels that are scored, saved and hashed
+    solver: Solver
+    advantages: Tensor | None = None  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, rows: Tensor) -> Rollout:
+        def pick(v: Tensor | None) -> Tensor | None:
+            return None if v is None else v[rows.to(v.device)]
+
+        return replace(
+            self, prompts=[self.prompts[i] for i in rows], cond_rows=pick(self.cond_rows), latents=pick(self.latents),
+            log_probs=pick(self.log_probs), images=pick(self.images), advantages=pick(self.advantages),
+        )  # fmt: skip
+
+    def chunks(self, size: int) -> Iterator[Rollout]:
+        for rows in torch.arange(len(self)).split(size):
+            yield self[rows]
+
+    def transition(self, step: int) -> Transition:
+        """What happened at one step, for every row."""
+        assert self.advantages is not None, "advantages come before learning"
+        t, t_next = (v.to(self.latents.device).expand(len(self)) for v in self.times[step : step + 2])
+        cond = {k: v[self.cond_rows] for k, v in self.cond.items()}
+        return Transition(
+            self.latents[:, step], self.latents[:, step + 1], t, t_next, self.log_probs[:, step], self.solver, cond, self.advantages
+        )
+
+    @torch.no_grad()
+    def recompute_log_probs(self, policy: Policy, size: int) -> None:
+        """Replay every step in micro-batches of `size`.
+
+        In half precision kernels differ by batch shape. Where learning uses another shape than acting did, this keeps
+        the ratio at one before the first update.
+        """
+        for rows in torch.arange(len(self)).split(size):
+            chunk = self[rows]
+            chunk.advantages = torch.zeros(len(chunk))
+            for step in self.stochastic:
+                view = chunk.transition(step)
+                self.log_probs[rows, step] = log_prob(view.x_next, *view.replay(policy))
+
+    def image_keys(self) -> list[str]:
+        """The first 16 hex digits of each image's sha256: what a reward is filed under."""
+        return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in self.images]
+
+
+def collect(
+    policy: Policy,
+    prompts: Sequence[str],
+    addresses: Sequence[Address],
+    solver: Solver,
+    num_steps: int,
+    batch_size: int,
+    keep_trajectory: bool,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Rollout:
+    """Act: one image for each prompt, its noise drawn at its own address.
+
+    Args:
+        batch_size: rows that go through the network at a time. A sample does not depend on it (in float32, up to the
+            last bits).
+        advance: told the number of rows after each denoising step.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    cond = policy.family.encode(distinct)
+    cond_rows = torch.tensor([distinct.index(p) for p in prompts], device=policy.family.device)
+    times = policy.family.schedule.times(num_steps)
+    parts = []
+    for rows in torch.arange(len(prompts)).split(batch_size):
+        batch_cond = {k: v[cond_rows[rows]] for k, v in cond.items()}
+        parts.append(_sample(policy, batch_cond, [addresses[i] for i in rows], solver, times, keep_trajectory, advance))
+    latents, log_probs, images = (torch.cat(part) for part in zip(*parts, strict=True))
+    level = policy.family.schedule.level
+    stochastic = (solver(level(times[:-1]), level(times[1:]))[1] > 0).nonzero()[:, 0].tolist()
+    return Rollout(list(prompts), cond, cond_rows, latents, times, log_probs, stochastic, images, solver)
+
+
+@torch.no_grad()
+def _sample(policy, cond, addresses, solver, times, keep_trajectory, advance) -> tuple[Tensor, Tensor, Tensor]:
+    """(latents, log-probabilities, images) of one batch.
+
+    Latents are float32 from the draw on: the stored one, the one the network sees next and the one whose
+    log-probability is recorded are the same bits.
+    """
+    family, device, n = policy.family, policy.family.device, len(addresses)
+    x = normal([(*a, "start") for a in addresses], family.latent_shape, device)
+    latents, log_probs = [x], []
+    for step, (t, t_next) in enumerate(zip(times[:-1].to(device), times[1:].to(device), strict=True)):
+        t, t_next = t.expand(n), t_next.expand(n)
+        mean, std = step_mean(policy(x, t, cond), family.schedule.level(t), family.schedule.level(t_next), solver)
+        x = mean + std * normal([(*a, "step", step) for a in addresses], family.latent_shape, device) if std.any() else mean
+        if keep_trajectory:
+            latents.append(x)
+            log_probs.append(log_prob(x, mean, std))
+        advance(n)
+    images = family.decode(x).mul(255).round().byte().cpu()
+    if not keep_trajectory:
+        return x[:, None], torch.empty(n, 0), images
+    return torch.stack(latents, 1), torch.stack(log_probs, 1), images

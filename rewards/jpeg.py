@@ -1,0 +1,54 @@
+"""Compressibility and its opposite: the size of a picture as a JPEG (Black et al. 2023, "Training Diffusion Models with
+Reinforcement Learning", section 5.1). Needs no weights.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Compressibility:
+    """Minus the JPEG size in kB (1 kB = 1000 bytes): smooth pictures score high. `quality` is 1 to 100."""
+
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        _check_quality(self.quality)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        return -kilobytes(images, self.quality)
+
+
+@dataclass(frozen=True)
+class Incompressibility:
+    """Plus the JPEG size in kB (1 kB = 1000 bytes): busy pictures score high. `quality` is 1 to 100."""
+
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        _check_quality(self.quality)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        return kilobytes(images, self.quality)
+
+
+def kilobytes(images: Tensor, quality: int) -> Tensor:
+    """(B,) the size of each image as a JPEG in kB, after rounding to the nearest of 256 levels."""
+    pixels = (images.detach() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.tensor([_bytes(Image.fromarray(p), quality) for p in pixels]) / 1000
+
+
+def _bytes(picture: Image.Image, quality: int) -> int:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.tell()
+
+
+def _check_quality(quality: int) -> None:
+    if not 1 <= quality <= 100:
+        raise ValueError(f"JPEG quality is {quality}; it must be from 1 to 100 (the paper uses 95)")

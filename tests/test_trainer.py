@@ -1,0 +1,190 @@
+"""The loop itself, on a tiny pipeline: what it promises about stopping, resuming, journaling and learning."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ddpo.advantage import GroupRelative, PerPrompt
+from ddpo.algorithms.ddpo import DDPO, ScoreFunction
+from ddpo.checkpoint import MismatchedCheckpoint
+from ddpo.config import Component
+from ddpo.diffusion import DDIM
+from ddpo.models.sd import StableDiffusion
+from ddpo.policy import LoRA, Policy
+from ddpo.progress import Display
+from ddpo.prompts import Prompt
+from ddpo.recipe import Acting, Evaluating, Learning
+from ddpo.trainer import Plan, Task, Trainer, TrainingError
+from rewards import RewardError, Rubric
+
+PROMPTS = [Prompt(f"a {animal} on a red background", {}) for animal in ("cat", "dog", "owl", "fox", "bee", "cow")]
+
+
+class Brightness:
+    """How light a picture is; counts the pictures it was asked about, and breaks where it is told to."""
+
+    def __init__(self, breaks_at=None, value=float("nan")):
+        self.asked, self.breaks_at, self.value = 0, breaks_at, value
+
+    def __call__(self, images, prompts, metadata):
+        scores = images.flatten(1).mean(1).double()
+        if self.breaks_at is not None and self.asked <= self.breaks_at < self.asked + len(images):
+            scores[self.breaks_at - self.asked] = self.value
+        self.asked += len(images)
+        return scores
+
+
+def trainer_of(folder, tiny, reward=None, iterations=3, algorithm=None, advantage=None, lr=1e-2, identity=None, **options):
+    acting = dict(num_steps=4, guidance=2.0, prompts=4, group_size=3, batch_size=6)
+    acting |= {k: options.pop(k) for k in list(options) if k in acting}
+    learning = dict(lr=lr, updates=2, micro_batch=6) | options
+    return Trainer(
+        Policy(StableDiffusion(str(tiny), dtype="float32"), LoRA(4), acting["guidance"]),
+        algorithm or DDPO(clip=0.1), advantage or GroupRelative(),
+        Task(PROMPTS[:5], PROMPTS[5:], Rubric.of([(reward or Brightness(), 1.0)]), Rubric.of([])),
+        Plan(seed=0, iterations=iterations, eval_every=2, save_every=1),
+        Acting(Component("diffusion:DDIM", DDIM, {"eta": 1.0}), **acting), Learning(**learning), Evaluating(1, 2),
+        folder, identity or {"model": "tiny"}, Accelerator(cpu=True), Display(False, None),
+    )  # fmt: skip
+
+
+def weights(trainer):
+    return torch.cat([w.detach().flatten() for w in trainer.policy.weights.values()])
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [{}, {"advantage": PerPrompt(window=8, min_count=4)}, {"epochs": 2}])
+def test_a_run_that_was_stopped_and_resumed_ends_bit_identical(tiny, tmp_path, options):
+    fresh = lambda: {k: PerPrompt(window=8, min_count=4) if k == "advantage" else v for k, v in options.items()}  # noqa: E731
+    whole = trainer_of(tmp_path / "whole", tiny, **fresh())
+    whole.run()
+    with pytest.raises(RewardError):  # 4 probe pictures (iteration 0), 12, 12 + 4: breaks in the third iteration
+        trainer_of(tmp_path / "parts", tiny, Brightness(breaks_at=4 + 12 + 12 + 2 + 7), **fresh()).run()
+    resumed = trainer_of(tmp_path / "parts", tiny, **fresh())
+    resumed.run()
+    assert torch.equal(weights(resumed), weights(whole))
+    a, b = (_without_time(lines(tmp_path / name)) for name in ("whole", "parts"))
+    assert a == b and [line["iteration"] for line in a] == [0, 1, 2, 3]
+
+
+def _without_time(records):
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
+
+
+def test_journaled_rewards_are_read_and_not_asked_for_again(tiny, tmp_path):
+    with pytest.raises(RewardError):
+        trainer_of(tmp_path, tiny, Brightness(breaks_at=2 + 9)).run()  # in the second batch of the first iteration
+    again = Brightness()
+    trainer_of(tmp_path, tiny, again, iterations=1).run()
+    assert again.asked == 2 + 6 + 2  # the probe, the batch that was lost, the probe at the end
+    assert len(lines(tmp_path, "rewards.jsonl")) == 12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_reward_stops_before_the_update_and_names_scorer_and_prompt(tiny, tmp_path, value):
+    trainer = trainer_of(tmp_path, tiny, Brightness(breaks_at=2 + 3, value=value))
+    before = weights(trainer)
+    with pytest.raises(RewardError, match=r"(?s)brightness.*on a red background"):
+        trainer.run()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_every_update_moves_the_weights_and_the_first_ratio_is_one(tiny, tmp_path):
+    trainer = trainer_of(tmp_path, tiny, iterations=1)
+    before = weights(trainer)
+    trainer.run()
+    assert not torch.equal(weights(trainer), before)
+    line = lines(tmp_path)[1]
+    assert abs(line["ratio/mean"] - 1) < 0.05 and line["ratio/max"] > 1 and line["grad_norm"] > 0
+    assert line["kl/step_nats"] > 0 and line["images"] == 12
+
+
+def test_it_refuses_to_train_when_acting_and_learning_disagree(tiny, tmp_path):
+    trainer = trainer_of(tmp_path, tiny)
+    start, act = trainer.algorithm.start, trainer._act
+
+    def act_then_change():
+        rollout = act()
+        trainer.policy.guidance = 2.5  # pitfall: guidance in acting is not the one in learning
+        return rollout
+
+    trainer._act = act_then_change
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match="log importance ratio"):
+        trainer.run()
+    assert torch.equal(weights(trainer), before) and start is not None
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(tiny, tmp_path):
+    trainer = trainer_of(tmp_path, tiny)
+    first = next(iter(trainer.policy.weights.values()))
+    first.register_hook(lambda g: g * float("inf"))
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match="not finite"):
+        trainer.run()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_micro_batches_do_not_change_the_update(tiny, tmp_path):
+    ends = []
+    for size in (6, 3):
+        trainer = trainer_of(tmp_path / str(size), tiny, iterations=1, micro_batch=size)
+        start = weights(trainer)
+        trainer.run()
+        ends.append(weights(trainer) - start)
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * ends[0].norm()
+
+
+def test_prompts_are_all_seen_before_any_comes_again(tiny, tmp_path):
+    trainer = trainer_of(tmp_path, tiny)
+    seen = []
+    for trainer.iteration in range(5):
+        seen += [trainer._prompt(g).text for g in range(4)]
+    assert all(sorted(seen[i : i + 5]) == sorted(p.text for p in PROMPTS[:5]) for i in range(0, 20, 5))
+    assert seen[:5] != seen[5:10]
+
+
+def test_groups_are_dealt_so_that_an_update_sees_the_same_ones_on_any_number_of_processes(tiny, tmp_path):
+    trainer = trainer_of(tmp_path, tiny, prompts=8)
+
+    class Two:
+        num_processes = 2
+
+    alone = trainer._groups(0)
+    trainer.accelerator = Two
+    pair = [trainer._groups(0), trainer._groups(1)]
+    for update in (slice(0, 4), slice(4, 8)):
+        half = slice(update.start // 2, update.stop // 2)
+        assert sorted(alone[update]) == sorted(pair[0][half] + pair[1][half])
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path):
+    trainer_of(tmp_path, tiny, iterations=1).run()
+    with pytest.raises(MismatchedCheckpoint, match=r"tiny.*other"):
+        trainer_of(tmp_path, tiny, iterations=2, identity={"model": "other"}).run()
+
+
+def test_the_probe_is_the_same_every_time_and_the_base_is_drawn_once(tiny, tmp_path):
+    trainer_of(tmp_path, tiny, iterations=2, lr=1e-9).run()
+    index = lines(tmp_path / "samples", "index.jsonl")
+    assert [s["iteration"] for s in index] == [0, 0, 2, 2] and len({s["seed"] for s in index}) == 2
+    last = lines(tmp_path)[-1]
+    assert last["eval/brightness/delta"] == pytest.approx(0, abs=1e-3)
+    shutil.rmtree(tmp_path / "samples")
+
+
+@pytest.mark.parametrize("algorithm, updates", [(DDPO(clip=0.2), 2), (ScoreFunction(), 1)])
+@pytest.mark.parametrize("which", ["tiny", "tiny_v"])
+def test_every_algorithm_learns_a_small_task(which, algorithm, updates, tmp_path, request):
+    folder = request.getfixturevalue(which)
+    trainer = trainer_of(
+        tmp_path, folder, iterations=8, algorithm=algorithm, updates=updates, lr=3e-2, prompts=4, group_size=6, batch_size=24, micro_batch=12
+    )
+    last = trainer.run()
+    assert last["eval/brightness/delta_low"] > 0.01, last
