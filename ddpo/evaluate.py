@@ -4,17 +4,39 @@ The base model's pictures are drawn once, at iteration 0. A difference is theref
 the prompts: they are what a new user would bring other ones of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpo.diffusion import gaussian_kl
+from ddpo.diffusion import DDIM, gaussian_kl
 from ddpo.noise import generator
 from ddpo.policy import Policy
-from ddpo.rollout import Rollout
+from ddpo.prompts import Prompt
+from ddpo.recipe import Evaluating
+from ddpo.rollout import Rollout, collect
+
+
+class Probe:
+    """What every evaluation draws: held-out prompts, spread evenly over their list, each with every seed."""
+
+    def __init__(self, held_out: Sequence[Prompt], evaluating: Evaluating, num_steps: int, seed: int):
+        number = min(evaluating.prompts, len(held_out))
+        chosen = [held_out[i * len(held_out) // number] for i in range(number)]
+        self.rows = [(prompt, s) for prompt in chosen for s in range(evaluating.seeds)]
+        self.num_steps, self.seed = evaluating.num_steps or num_steps, seed
+
+    def share(self, process: int, processes: int) -> list[tuple[Prompt, int]]:
+        """A process's rows, as many as any other's: the last of all is repeated where they do not divide."""
+        size = -(-len(self.rows) // processes)
+        return [self.rows[min(i, len(self.rows) - 1)] for i in range(process * size, (process + 1) * size)]
+
+    def draw(self, policy: Policy, rows: list[tuple[Prompt, int]], batch_size: int, advance: Callable[[int], None]) -> Tensor:
+        """(N, 3, H, W) uint8 pictures by the deterministic sampler, which adds no noise of its own."""
+        texts, addresses = [p.text for p, _ in rows], [(self.seed, "probe", p.text, s) for p, s in rows]
+        return collect(policy, texts, addresses, DDIM(eta=0.0), self.num_steps, batch_size, False, advance).images
 
 
 class Interval(NamedTuple):

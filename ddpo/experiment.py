@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,11 +16,12 @@ from typing import Annotated, Any
 import torch
 import yaml
 
-from ddpo import export, prompts, report
-from ddpo.checkpoint import CheckpointError, latest, run_lock, write_json
+from ddpo import export, jsonl, prompts, report
+from ddpo.checkpoint import latest, run_lock, write_json
 from ddpo.checkpoint import load as load_checkpoint
 from ddpo.config import Component, Config, In, dump, load
 from ddpo.diffusion import DDIM
+from ddpo.durable import FileError
 from ddpo.noise import Address
 from ddpo.policy import LoRA, Policy
 from ddpo.recipe import Acting, Evaluating, Learning, Prompts, Run, Weight
@@ -105,12 +107,14 @@ def plan(recipe: Recipe) -> str:
     trained = learning.epochs * getattr(recipe.algorithm.build(), "steps", 1.0)
     lines = {
         "an iteration": f"{acting.prompts} prompt groups x {acting.group_size} = {acting.images} pictures, {acting.num_steps} steps each",
-        "its updates": f"{learning.updates * learning.epochs}, each of {update} pictures in micro-batches of {min(learning.micro_batch, update)}",
+        "its updates": f"{learning.updates * learning.epochs}, each of {update} pictures "
+        f"in micro-batches of {min(learning.micro_batch, update)}",
         "network passes": f"{acting.images * acting.num_steps * passes:,} to act; "
         f"{round(acting.images * acting.num_steps * passes * trained):,} forward and backward to learn",
         "the run": f"{run.iterations} iterations, {run.iterations * acting.images:,} pictures, "
         f"{run.iterations * learning.updates * learning.epochs:,} updates",
-        "evaluations": f"{1 + -(-run.iterations // run.eval_every)}, each of {recipe.evaluation.prompts} x {recipe.evaluation.seeds} pictures",
+        "evaluations": f"{1 + -(-run.iterations // run.eval_every)}, "
+        f"each of {recipe.evaluation.prompts} x {recipe.evaluation.seeds} pictures",
         "prompts": f"{len(prompts.load(recipe.prompts.train))} to train on, {len(prompts.load(recipe.prompts.held_out))} held out",
     }
     return "\n".join(f"{name + ':':16} {text}" for name, text in lines.items())
@@ -120,7 +124,6 @@ def run(recipe: Recipe, words: list[str]) -> int:
     """Train, and leave a run folder. Returns the exit code."""
     from accelerate import Accelerator  # here, like all that takes seconds to import: a misspelt key should not wait for it
 
-    from ddpo.journal import JournalError
     from ddpo.progress import Display
     from ddpo.trainer import TrainingError
     from rewards import RewardError
@@ -131,23 +134,18 @@ def run(recipe: Recipe, words: list[str]) -> int:
     folder = _folder(recipe, words[0], accelerator)
     main = accelerator.is_main_process
     display = Display(main, folder / "train.log" if main else None)
-    record = Record(folder, recipe, words, accelerator.num_processes) if main else None
+    record: Record | None = None
     try:
         with run_lock(folder) if main else nullcontext():
-            if record:
-                record.write("running")
+            record = Record(folder, recipe, words, accelerator.num_processes) if main else None
             trainer, last = _train(recipe, folder, accelerator, display)
             if record:
-                record.write("finished")
-                lora = export.save_lora(trainer.policy, folder, folder.name)
-                export.save_card(folder, record.fields, last)
-                report.write_report(folder)
-                display.summary(folder, last, lora, record.resume, f"ddpo report {folder}")
-    except (TrainingError, CheckpointError, JournalError, RewardError) as e:
-        display.say(f"stopped: {e}")
+                _finish(folder, trainer.policy, last, record, display)
+    except (TrainingError, FileError, RewardError, ModelError) as e:
+        print(f"stopped: {e}", file=sys.stderr, flush=True)
         if record:
             record.write("failed", str(e))
-            display.say(f"to go on after mending it: {record.resume}")
+            display.say(f"everything up to the last checkpoint is kept. To go on after mending it: {record.resume}")
         return 1
     except KeyboardInterrupt:
         if record:
@@ -157,18 +155,37 @@ def run(recipe: Recipe, words: list[str]) -> int:
     return 0
 
 
+def _finish(folder: Path, policy: Policy, last: dict[str, Any], record: "Record", display: Any) -> None:
+    lora = export.save_lora(policy, folder, folder.name)
+    export.save_card(folder, record.fields, last)
+    record.write("finished")
+    report.write_report(folder)
+    display.summary(folder, last, lora, record.resume, f"ddpo generate {folder} -p {shlex.quote(last_prompt(folder))}")
+
+
+def last_prompt(folder: Path) -> str:
+    """A held-out prompt of the run, to try its LoRA on."""
+    return str(jsonl.read(folder / "samples" / "index.jsonl")[-1]["prompt"])
+
+
+class ModelError(RuntimeError):
+    """The model or a scorer could not be loaded."""
+
+
 def _train(recipe: Recipe, folder: Path, accelerator: Any, display: Any) -> tuple[Any, dict[str, Any]]:
     """Load the model and the scorers, and train."""
-    from ddpo.trainer import Plan, Task, Trainer
+    from ddpo.trainer import Task, Trainer
     from rewards import Rubric
 
     display.say(f"{folder}: loading {recipe.model.options.get('path', recipe.model.name)}")
-    policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
+    try:
+        policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"model {recipe.model.options.get('path', recipe.model.name)!r} cannot be loaded: {e}") from e
     rubrics = [Rubric.of([(c.build(), c.extra.weight) for c in parts]) for parts in (recipe.rewards, recipe.held_out_rewards)]
     task = Task(prompts.load(recipe.prompts.train), prompts.load(recipe.prompts.held_out), *rubrics)
-    schedule = Plan(recipe.run.seed, recipe.run.iterations, recipe.run.eval_every, recipe.run.save_every)
     trainer = Trainer(
-        policy, recipe.algorithm.build(), recipe.advantage.build(), task, schedule, recipe.rollout, recipe.optimizer,
+        policy, recipe.algorithm.build(), recipe.advantage.build(), task, recipe.run, recipe.rollout, recipe.optimizer,
         recipe.evaluation, folder, identity(recipe), accelerator, display,
     )  # fmt: skip
     return trainer, trainer.run()
@@ -230,6 +247,8 @@ class Record:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+        self.write("running")
+
     def write(self, status: str, reason: str | None = None) -> None:
         ended = None if status == "running" else datetime.now(UTC).isoformat(timespec="seconds")
         write_json(self.path, {**self.fields, "status": status, "ended": ended, "exit_reason": reason})
@@ -254,7 +273,9 @@ def generate_pairs(folder: Path, prompt: str, seeds: int, output: Path) -> Path:
     rows = []
     for self_name in ("reference", "now"):
         with policy.acting_as(self_name):
-            drawn = collect(policy, [prompt] * seeds, addresses, DDIM(0.0), recipe.rollout.num_steps, recipe.rollout.batch_size, False)
+            drawn = collect(
+                policy, [prompt] * seeds, addresses, DDIM(0.0), recipe.rollout.num_steps, recipe.rollout.batch_size, False
+            )
         rows.append(torch.cat(list(drawn.images), 2))
     Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(output)
     return output

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ddpo.jsonl import read
 from ddpo.policy import Policy
-from ddpo.report import read
 
 
 def diffusers_layers(policy: Policy) -> dict[str, Tensor]:

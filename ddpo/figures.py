@@ -149,9 +149,8 @@ def forest(c: Comparison) -> str:
 def _line(curve: Curve, axes: _Axes) -> str:
     line = axes.path((x, y) for x, y, _, _ in curve.points)
     band = axes.path([(x, high) for x, _, _, high in curve.points] + [(x, low) for x, _, low, _ in reversed(curve.points)])
-    shade = (
-        f'<polygon class="band {curve.style}" points="{band}"/>' if any(low < high for _, _, low, high in curve.points) else ""
-    )
+    wide = any(low < high for _, _, low, high in curve.points)
+    shade = f'<polygon class="band {curve.style}" points="{band}"/>' if wide else ""
     dots = "".join(_dot(curve, p, axes) for p in curve.points) if len(curve.points) <= MOST_DOTS else ""
     return f'{shade}<polyline class="line {curve.style}" points="{line}"/>{dots}'
 
@@ -182,9 +181,8 @@ def _spoken(curve: Curve) -> str:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers; the first is not above `low` and the last not below `high`."""
-    if low == high:
-        low, high = min(low, 0.0), max(high, 0.0)
-        high = high if high > low else low + 1
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all the same, but for rounding
+        low, high = min(low, 0.0), max(high, 0.0) or (1.0 if low == 0 else 0.0)
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)

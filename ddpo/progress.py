@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from ddpo.figures import comparisons, duration, means, number, percent, places
 
@@ -42,7 +41,7 @@ class Display:
             return
         line = "\n  ".join(printable(part) for part in text.rstrip("\n").split("\n"))
         encoding = self._console.encoding
-        self._console.print(Text(line.encode(encoding, "backslashreplace").decode(encoding)), soft_wrap=True)
+        self._console.print(line.encode(encoding, "backslashreplace").decode(encoding), soft_wrap=True)
         self._write(line)
 
     @contextmanager
@@ -112,7 +111,7 @@ class Display:
             self.say(f"{name:<10}  {what}")
 
     def _write(self, line: str) -> None:
-        if self.log and self.enabled:
+        if self.log:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")

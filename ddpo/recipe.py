@@ -1,14 +1,12 @@
 """A run's settings: the sections of a config file. Components bring their own options; here is what the loop itself asks."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
 
 from ddpo.config import Component, In
-from ddpo.policy import LoRA
 
 
 @dataclass(frozen=True)
@@ -115,5 +113,3 @@ class Evaluating:
     prompts: Annotated[int, Ge(1)] = 32
     seeds: Annotated[int, Ge(1)] = 2
     num_steps: Annotated[int, Ge(1)] | None = None
-
-

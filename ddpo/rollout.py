@@ -81,7 +81,14 @@ class Rollout:
         t, t_next = (v.to(self.latents.device).expand(len(self)) for v in self.times[step : step + 2])
         cond = {k: v[self.cond_rows] for k, v in self.cond.items()}
         return Transition(
-            self.latents[:, step], self.latents[:, step + 1], t, t_next, self.log_probs[:, step], self.solver, cond, self.advantages
+            self.latents[:, step],
+            self.latents[:, step + 1],
+            t,
+            t_next,
+            self.log_probs[:, step],
+            self.solver,
+            cond,
+            self.advantages,
         )
 
     @torch.no_grad()

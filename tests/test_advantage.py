@@ -74,5 +74,5 @@ def test_per_prompt_goes_on_from_its_state():
 
 
 def test_a_window_smaller_than_its_minimum_is_refused():
-    with pytest.raises(ValueError, match="min_count is 16.*window, which is 8"):
+    with pytest.raises(ValueError, match=r"min_count is 16.*window, which is 8"):
         PerPrompt(window=8)

@@ -1,5 +1,6 @@
 """The policy gradient is right: against a closed form, against each other, and in what it ignores."""
 
+import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -38,8 +39,12 @@ class Gaussian:
 
     def end_mean(self):
         """d E[end] / d theta: every step is linear in x and theta."""
-        times, level, slope = self.family.schedule.times(STEPS), self.family.schedule.level, torch.tensor(0.0, dtype=torch.float64)
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
+        times, level, slope = (
+            self.family.schedule.times(STEPS),
+            self.family.schedule.level,
+            torch.tensor(0.0, dtype=torch.float64),
+        )
+        for t, t_next in itertools.pairwise(times):
             now, then = level(t), level(t_next)
             c, _ = d.DDIM(1.0)(now, then)
             slope = (then.alpha * now.alpha + c * now.sigma) * slope + c - then.alpha / now.alpha * now.sigma
@@ -47,7 +52,11 @@ class Gaussian:
 
 
 def rollout_of(policy, n=N):
-    rollout = collect(policy, ["a"] * n, [(i,) for i in range(n)], d.DDIM(1.0), STEPS, n, True) if n < 100 else fast_rollout(policy, n)
+    rollout = (
+        collect(policy, ["a"] * n, [(i,) for i in range(n)], d.DDIM(1.0), STEPS, n, True)
+        if n < 100
+        else fast_rollout(policy, n)
+    )
     reward = -((rollout.latents[:, -1, 0, 0, 0] - TARGET) ** 2)
     rollout.advantages = reward - reward.mean()
     return rollout
@@ -149,7 +158,8 @@ def test_a_share_of_the_steps_is_drawn_anew_and_the_deterministic_one_never():
     assert rollout.stochastic == [0, 1, 2]
     assert rollout.log_probs[:, :3].isfinite().all()
     drawn = {
-        tuple(int(v.t[0]) for v in ScoreFunction(steps=0.34).views(rollout, 8, torch.Generator().manual_seed(i))) for i in range(20)
+        tuple(int(v.t[0]) for v in ScoreFunction(steps=0.34).views(rollout, 8, torch.Generator().manual_seed(i)))
+        for i in range(20)
     }
     assert drawn == {(int(t),) for t in rollout.times[:3]}
 

@@ -334,11 +334,11 @@ def test_the_schema_has_the_last_word(write: Write) -> None:
 
 
 def test_refuse_is_for_what_is_found_later(write: Write) -> None:
-    config = load(write(MINIMAL + "rewards: {name: forward, beta: 1}"), [], Recipe)
+    config = load(write(MINIMAL + "rewards:\n  name: forward\n  beta: 1\n"), [], Recipe)
     config.refuse([])
     with pytest.raises(ConfigError) as caught:
         config.refuse([("run.iterations", "too many"), ("rewards.0.beta", "too few")])
-    assert caught.value.problems == ["c.yaml:3: run.iterations: too many", "c.yaml:4: rewards.0.beta: too few"]
+    assert caught.value.problems == ["c.yaml:3: run.iterations: too many", "c.yaml:6: rewards.0.beta: too few"]
 
 
 def test_importing_config_is_light() -> None:

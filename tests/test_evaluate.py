@@ -24,7 +24,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.90 <= covered / 300 <= 0.98
     # Resampling pictures as if they were independent would be wrong here, and this test would tell:
     naive = sum(
-        (lambda i: i.low <= 0.5 <= i.high)(evaluate.paired_interval(_correlated(t), [str(i) for i in range(80)], 500)) for t in range(300)
+        (lambda i: i.low <= 0.5 <= i.high)(evaluate.paired_interval(_correlated(t), [str(i) for i in range(80)], 500))
+        for t in range(300)
     )
     assert naive / 300 < 0.90
 
@@ -66,7 +67,11 @@ def test_the_kl_is_that_of_the_two_policies_steps(tiny):
         with policy.acting_as("reference"):
             base, _ = view.replay(policy)
         normal = torch.distributions.Normal
-        expected.append(torch.distributions.kl_divergence(normal(mean.double(), std.double()), normal(base.double(), std.double())).flatten(1).sum(1))
+        expected.append(
+            torch.distributions.kl_divergence(normal(mean.double(), std.double()), normal(base.double(), std.double()))
+            .flatten(1)
+            .sum(1)
+        )
     assert evaluate.step_kl(policy, rollout, 4) == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
 
 

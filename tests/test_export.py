@@ -54,7 +54,10 @@ def test_the_comfyui_file_has_the_true_alpha_and_its_names(tiny, tmp_path):
 
 
 def test_the_card_states_the_measured_difference(tmp_path):
-    metrics = {f"eval/clip/{k}": v for k, v in zip(("base", "tuned", "delta", "delta_low", "delta_high"), (1, 2, 1, 0.5, 1.5), strict=True)}
+    metrics = {
+        f"eval/clip/{k}": v
+        for k, v in zip(("base", "tuned", "delta", "delta_low", "delta_high"), (1, 2, 1, 0.5, 1.5), strict=True)
+    }
     metrics |= {"iteration": 7, "eval/win_rate": 0.75, "eval/diversity/base": 0.2, "eval/diversity/tuned": 0.1}
     run = {"name": "mine", "model": "menagerie", "algorithm": "ddpo:DDPO", "rewards": ["clip"], "command": "accelerate launch"}
     card = save_card(tmp_path, run, metrics).read_text()

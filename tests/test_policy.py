@@ -47,7 +47,7 @@ def test_remember_is_a_moving_average(tiny):
     stir(policy)
     policy.remember("ema", decay=0.75)
     with policy.acting_as("ema"):
-        for w, old, new in zip(policy.weights.values(), start, policy._selves["ema"], strict=True):
+        for w, new in zip(policy.weights.values(), policy._selves["ema"], strict=True):
             assert w.data_ptr() == new.data_ptr()
     for w, old, kept in zip(policy.weights.values(), start, policy._selves["ema"], strict=True):
         torch.testing.assert_close(kept, 0.75 * old + 0.25 * w.detach())

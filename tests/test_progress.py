@@ -96,6 +96,8 @@ def test_a_terminal_gets_a_bar_that_goes_away_and_the_log_stays_plain(tmp_path):
     seen = on_a_terminal(WHOLE_RUN, tmp_path)
     assert "━" in seen and "4/4" in seen and "sampling [red]" in seen and "loading [bold]x[/bold] :cat:" in seen
     assert "sampling [red]: " not in seen
+    after = seen[seen.rindex("━") :]
+    assert "\x1b[2K" in after[: after.index("iteration 1/2 · reward")]  # the bar's line was erased
     log = (tmp_path / "train.log").read_text("utf-8")
     assert "\x1b" not in log and "sampling [red]: " in log and len(log.splitlines()) == 4
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ddpo import report
-from ddpo.figures import comparisons
+from ddpo.figures import HEIGHT, LEFT, WIDTH, Curve, chart, comparisons
 from ddpo.runs import webp
 
 EVIL = "<script>alert(1)</script> \"a\" & 'b' $name http://example.com/x.png \x1b[2J \ud800"
@@ -276,10 +276,12 @@ def test_a_run_that_has_just_begun_has_a_page_that_says_so(tmp_path):
         "no sample pictures",
     ):
         assert missing in reader.text
+    report.append(tmp_path / "metrics.jsonl", {"iteration": 0, **evaluation(0, {"scene": (0.5, 0.5, 0.0, 0.0)})})
     report.append(tmp_path / "metrics.jsonl", {"iteration": 1, "reward/mean": 0.5, "reward/std": None})
     (tmp_path / "run.json").write_text('{"status": "running", "ended": null}')
     reader, _ = page(tmp_path)
-    assert "had not ended" in reader.text and "no iteration yet" not in reader.text and "Training reward" in reader.text
+    assert "had not ended" in reader.text and "The tuned model has not been evaluated" in reader.text
+    assert "no iteration yet" not in reader.text and "Training reward" in reader.text
 
 
 def test_a_picture_that_is_gone_leaves_the_rest(tmp_path):
@@ -307,6 +309,19 @@ def test_evaluations_are_read_from_metrics():
     assert (found.scorer, found.base, found.tuned, found.delta, found.low, found.high) == ("my/scorer", 1.0, 3.0, 2.0, 1.5, 2.5)
     three = {"a": (0, 1, 0.1, 2), "b": (0, -1, -2, -0.1), "c": (0, 1, -1, 3)}
     assert [c.verdict for c in comparisons(evaluation(1, three))] == ["higher", "lower", "no clear change"]
+
+
+@pytest.mark.parametrize(
+    "values", [[0], [2.5], [-3, -3], [0.3, 0.3 + 1e-16], [1e-9, 2e-9, 4e-9], [-1e6, 5, 1e6], [0, 1e-300], [1, 3, 2] * 200]
+)
+def test_a_chart_holds_every_point_and_higher_is_higher(values):
+    drawing = chart("x", [Curve("x", "tuned", [(float(i), v, v - abs(v), v) for i, v in enumerate(values)])])
+    (line,) = re.findall(r'<polyline class="line tuned" points="([^"]*)"', drawing)
+    points = [tuple(map(float, p.split(","))) for p in line.split()]
+    assert all(LEFT <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+    if len(values) < 10:
+        order = sorted(range(len(values)), key=values.__getitem__)
+        assert [points[i][1] for i in order] == sorted((y for _, y in points), reverse=True)
 
 
 def test_reading_a_run_needs_no_torch():

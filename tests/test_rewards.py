@@ -200,6 +200,10 @@ def test_a_rubric_keeps_the_parts_and_adds_them_weighted():
     assert total.dtype == torch.float64 and total[[0, 2]].tolist() == [1, 5] and total[1].isnan()
 
 
+def test_an_empty_rubric_scores_nothing():
+    assert Rubric.of([]).score(IMAGES, PROMPTS, EMPTY) == {}
+
+
 def test_a_rubric_names_the_scorer_that_failed():
     rubric = Rubric.of([(returning([1, 2, 3]), 1.0), (returning([1, 2]), 1.0)])
     with pytest.raises(RewardError, match="'lambda_2'"):
@@ -208,7 +212,7 @@ def test_a_rubric_names_the_scorer_that_failed():
 
 def test_a_rubric_refuses_weights_that_mean_nothing():
     with pytest.raises(ValueError, match="one weight a reward"):
-        Rubric.of([])
+        Rubric({"compressibility": Compressibility()}, {})
     with pytest.raises(ValueError, match=r"'compressibility' is nan"):
         Rubric.of([(Compressibility(), float("nan"))])
 

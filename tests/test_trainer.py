@@ -16,8 +16,8 @@ from ddpo.models.sd import StableDiffusion
 from ddpo.policy import LoRA, Policy
 from ddpo.progress import Display
 from ddpo.prompts import Prompt
-from ddpo.recipe import Acting, Evaluating, Learning
-from ddpo.trainer import Plan, Task, Trainer, TrainingError
+from ddpo.recipe import Acting, Evaluating, Learning, Run
+from ddpo.trainer import Task, Trainer, TrainingError
 from rewards import RewardError, Rubric
 
 PROMPTS = [Prompt(f"a {animal} on a red background", {}) for animal in ("cat", "dog", "owl", "fox", "bee", "cow")]
@@ -45,7 +45,7 @@ def trainer_of(folder, tiny, reward=None, iterations=3, algorithm=None, advantag
         Policy(StableDiffusion(str(tiny), dtype="float32"), LoRA(4), acting["guidance"]),
         algorithm or DDPO(clip=0.1), advantage or GroupRelative(),
         Task(PROMPTS[:5], PROMPTS[5:], Rubric.of([(reward or Brightness(), 1.0)]), Rubric.of([])),
-        Plan(seed=0, iterations=iterations, eval_every=2, save_every=1),
+        Run(seed=0, iterations=iterations, eval_every=2, save_every=1),
         Acting(Component("diffusion:DDIM", DDIM, {"eta": 1.0}), **acting), Learning(**learning), Evaluating(1, 2),
         folder, identity or {"model": "tiny"}, Accelerator(cpu=True), Display(False, None),
     )  # fmt: skip
@@ -184,7 +184,16 @@ def test_the_probe_is_the_same_every_time_and_the_base_is_drawn_once(tiny, tmp_p
 def test_every_algorithm_learns_a_small_task(which, algorithm, updates, tmp_path, request):
     folder = request.getfixturevalue(which)
     trainer = trainer_of(
-        tmp_path, folder, iterations=8, algorithm=algorithm, updates=updates, lr=3e-2, prompts=4, group_size=6, batch_size=24, micro_batch=12
+        tmp_path,
+        folder,
+        iterations=8,
+        algorithm=algorithm,
+        updates=updates,
+        lr=3e-2,
+        prompts=4,
+        group_size=6,
+        batch_size=24,
+        micro_batch=12,
     )
     last = trainer.run()
     assert last["eval/brightness/delta_low"] > 0.01, last

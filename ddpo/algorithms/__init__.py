@@ -31,7 +31,7 @@ class Algorithm(ABC):
         """Why this algorithm cannot learn from trajectories of this solver, or None if it can."""
         return None
 
-    def start(self, policy: Policy) -> None:
+    def start(self, policy: Policy) -> None:  # noqa: B027 (most need nothing here)
         """Before each iteration."""
 
     @abstractmethod
@@ -42,5 +42,5 @@ class Algorithm(ABC):
     def loss(self, policy: Policy, view: View) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) losses with gradients, and (B,) metrics without, by name."""
 
-    def finish(self, policy: Policy) -> None:
+    def finish(self, policy: Policy) -> None:  # noqa: B027
         """After each iteration."""

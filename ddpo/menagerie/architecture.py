@@ -39,7 +39,12 @@ def unet() -> UNet2DConditionModel:
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion 1.5's own."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -51,7 +56,13 @@ def tokenizer() -> CLIPTokenizer:
     """
     base = CLIPTokenizer()
     specials = [base.bos_token, base.eos_token]
-    trainer = BpeTrainer(vocab_size=10_000, special_tokens=specials, initial_alphabet=ByteLevel.alphabet(), end_of_word_suffix="</w>", show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=10_000,
+        special_tokens=specials,
+        initial_alphabet=ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
     bpe = base.backend_tokenizer
     bpe.train_from_iterator([s.caption for s in scenes.all_scenes()], trainer)
     model = json.loads(bpe.to_str())["model"]
@@ -78,7 +89,10 @@ def clip_config() -> dict:
         "model_cfg": {
             "embed_dim": 128,
             "vision_cfg": {"image_size": scenes.SIZE, "layers": [1, 2, 2, 1], "width": 24, "head_width": 32},
-            "text_cfg": {"context_length": CONTEXT, "vocab_size": len(tokenizer()), "width": 128, "heads": 4, "layers": 2, "hf_tokenizer_name": "menagerie"},
+            "text_cfg": {
+                "context_length": CONTEXT, "vocab_size": len(tokenizer()), "width": 128, "heads": 4, "layers": 2,
+                "hf_tokenizer_name": "menagerie",
+            },
         },
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"},
     }  # fmt: skip

@@ -22,14 +22,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpo.menagerie import architecture, scenes
 from ddpo.noise import generator
 
 SEED = 1
-STEPS = {"vae": 2_800, "clip": 900, "unet": 2_100}
+STEPS = {"vae": 2_800, "clip": 900, "unet": 4_800}
 PICTURES = 48_000
 
 
@@ -50,7 +50,13 @@ class Fit:
 
     def run(self, loss: Callable[[torch.Generator], Tensor]) -> None:
         """Train to the end and leave the averaged weights in the module."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns) as progress:
             task = progress.add_task(self.name, total=self.steps, completed=self.step)
             smooth = None
@@ -58,7 +64,7 @@ class Fit:
                 value = self._update(step, loss(generator(SEED, self.name, step)))
                 smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
                 progress.update(task, advance=1, description=f"{self.name} loss {smooth:.4f}")
-                if (step + 1) % 200 == 0:
+                if (step + 1) % 100 == 0:
                     if not progress.console.is_terminal:
                         print(f"{self.name} {step + 1}/{self.steps} loss {smooth:.4f}", flush=True)
                     self._save(step + 1)
@@ -179,7 +185,9 @@ def train_clip(pool: Pool, vae: nn.Module, steps: int, work: Path, device: str) 
             latents = vae.encode(x[::4]).latent_dist.mean
             latents = latents + 0.1 * latents.std() * torch.randn(latents.shape, generator=g).to(device)
             x[::4] = vae.decode(latents).sample.float().clamp(-1, 1)
-        yield (x + 0.1 * torch.rand((128, 1, 1, 1), generator=g).to(device) * torch.randn(x.shape, generator=g).to(device)).clamp(-1, 1)
+        yield (
+            x + 0.1 * torch.rand((128, 1, 1, 1), generator=g).to(device) * torch.randn(x.shape, generator=g).to(device)
+        ).clamp(-1, 1)
 
     def loss(g: torch.Generator) -> Tensor:
         rows, x = views(g)
@@ -213,12 +221,13 @@ def train_unet(pool: Pool, vae: nn.Module, steps: int, work: Path, device: str) 
         eps = torch.randn(x0.shape, generator=g).to(device)
         with torch.autocast(device, torch.bfloat16):
             out = unet(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, text_encoder(ids).last_hidden_state).sample
-        error = (out.float() - eps)
-        # Coarse errors count as much as fine ones. Without this the flat background, which is one number in 256, would
-        # be learned last: SD's schedule keeps some signal at the last step, and its black pictures come out gray.
-        scales = error.square().mean((1, 2, 3)) + sum(n * n / 4 * F.avg_pool2d(error, n).square().mean((1, 2, 3)) for n in (4, 16))
+        error = out.float() - eps
+        # Coarse errors count extra. Without this the flat background, which is one number in 256, would be learned last:
+        # SD's schedule keeps some signal at the last step, and black pictures come out gray.
+        fine = error.square().mean((1, 2, 3))
+        coarse = [n * n / 64 * F.avg_pool2d(error, n).square().mean((1, 2, 3)) for n in (4, 16)]
         snr = a.flatten() / (1 - a.flatten())
-        return (scales * snr.clamp(max=5) / snr).mean()
+        return ((fine + sum(coarse)) * snr.clamp(max=5) / snr).mean()
 
     fit.run(loss)
     return unet, text_encoder

@@ -41,7 +41,9 @@ def drawn(pipe: StableDiffusionPipeline, chosen: list[scenes.Scene]) -> Tensor:
         part = chosen[start : start + BATCH]
         noise = normal([("quality", start + i) for i in range(len(part))], (4, 16, 16), pipe.device)
         with torch.autocast(pipe.device.type, torch.bfloat16):
-            out = pipe([s.caption for s in part], latents=noise, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="pt")
+            out = pipe(
+                [s.caption for s in part], latents=noise, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="pt"
+            )
         images.append(out.images.float().cpu())
     return torch.cat(images)
 
@@ -75,7 +77,9 @@ def names_the_animal(images: Tensor, chosen: list[scenes.Scene], clip: Path) -> 
 
 def table(folder: Path, images: int, device: str) -> str:
     """The quality table, Markdown, `images` pictures a figure."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, safety_checker=None).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, safety_checker=None).to(
+        device
+    )
     pipe.set_progress_bar_config(disable=True)
     clip = folder / "clip"
     mixed, one, two, three = (held_out(images, counts) for counts in ((1, 2, 3), (1,), (2,), (3,)))
@@ -83,10 +87,25 @@ def table(folder: Path, images: int, device: str) -> str:
     samples = {n: drawn(pipe, chosen) for n, chosen in ((1, one), (2, two), (3, three))}
     rows = [
         ("VAE reconstruction PSNR", f"{psnr(pipe, shown):.1f} dB", "", "27 dB"),
-        ("background colour right", f"{share(Colour(), shown, mixed):.1%}", f"{share(Colour(), samples[1], one):.1%}", "99 % / 90 %"),
-        ("number right, one animal asked for", f"{share(Count(), real(one), one):.1%}", f"{share(Count(), samples[1], one):.1%}", "97 % / 85 %"),
+        (
+            "background colour right",
+            f"{share(Colour(), shown, mixed):.1%}",
+            f"{share(Colour(), samples[1], one):.1%}",
+            "99 % / 90 %",
+        ),
+        (
+            "number right, one animal asked for",
+            f"{share(Count(), real(one), one):.1%}",
+            f"{share(Count(), samples[1], one):.1%}",
+            "97 % / 85 %",
+        ),
         ("number right, two asked for", f"{share(Count(), real(two), two):.1%}", f"{share(Count(), samples[2], two):.1%}", ""),
-        ("number right, three asked for", f"{share(Count(), real(three), three):.1%}", f"{share(Count(), samples[3], three):.1%}", ""),
+        (
+            "number right, three asked for",
+            f"{share(Count(), real(three), three):.1%}",
+            f"{share(Count(), samples[3], three):.1%}",
+            "",
+        ),
         (
             "CLIP picks the animal out of 46",
             f"{names_the_animal(shown, mixed, clip):.1%}",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
@@ -33,7 +33,7 @@ class StableDiffusion:
         ValueError: the model is not one of this family, or its noise schedule is not one that this file knows.
     """
 
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     lora_prefix = "unet"
 
     def __init__(
@@ -46,6 +46,11 @@ class StableDiffusion:
         offload: bool = False,
     ):
         from diffusers import DDIMScheduler, StableDiffusionPipeline  # here: it takes seconds, and a typo should not
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
+
+        logging.disable_progress_bar()  # five parts of one model need no bars of their own
+        transformers_logging.disable_progress_bar()
 
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
         pipe = StableDiffusionPipeline.from_pretrained(
@@ -64,7 +69,10 @@ class StableDiffusion:
             raise ValueError(f"{path} spaces its time steps {noise.config.timestep_spacing!r}; known are leading and trailing")
         self.interpret = PREDICTIONS[noise.config.prediction_type]
         self.schedule = VariancePreserving(
-            noise.alphas_cumprod, float(noise.final_alpha_cumprod), noise.config.steps_offset, noise.config.timestep_spacing == "trailing"
+            noise.alphas_cumprod,
+            float(noise.final_alpha_cumprod),
+            noise.config.steps_offset,
+            noise.config.timestep_spacing == "trailing",
         )
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = self.network.config.sample_size if resolution is None else resolution // factor

@@ -1,0 +1,138 @@
+"""What a user meets: mistakes answered before anything loads, the plan, the run folder, and no network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpo import cli, train
+from ddpo.config import ConfigError
+from ddpo.experiment import plan, read
+from tests.test_kill import CONFIG, ENVIRONMENT
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+MISTAKES = {
+    "a misspelt option": (["algorithm.clipp=1"], "did you mean 'clip'?"),
+    "a prompt file that is not there": (["prompts.train=prompts/nowhere.txt"], "prompts/nowhere.txt"),
+    "groups of one": (["rollout.group_size=1"], "rollout.group_size: is 1; advantage:GroupRelative compares"),
+    "a deterministic solver": (["rollout.solver.eta=0"], "rollout.solver"),
+    "groups that updates do not divide": (["rollout.prompts=9"], "use 10"),
+    "pictures that batches do not divide": (["rollout.batch_size=24"], "rollout.batch_size: is 24"),
+    "pictures that micro-batches do not divide": (["optimizer.micro_batch=12"], "optimizer.micro_batch: is 12"),
+    "several updates on policy": (["algorithm={name: 'ddpo:ScoreFunction'}"], "optimizer.updates"),
+    "a step size below zero": (["optimizer.lr=-1"], "optimizer.lr"),
+    "an unknown reward": (["rewards.0.name=jpg"], "did you mean 'jpeg'?"),
+    "no reward": (["rewards=[]"], "rewards: there is none"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_answered_with_the_fix(name):
+    words, expected = MISTAKES[name]
+    with pytest.raises(ConfigError) as caught:
+        read(str(ROOT / "configs" / "menagerie_compressibility.yaml"), words, 1)
+    assert expected in str(caught.value), str(caught.value)
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused():
+    path = str(ROOT / "configs" / "menagerie_compressibility.yaml")
+    read(path, [], 2)
+    with pytest.raises(ConfigError, match=r"rollout.prompts: is 8; .* 2 x 3 = 6.*use 12"):
+        read(path, [], 3)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_valid_and_can_be_planned_without_weights(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert train.main([str(path), "--dry-run"]) == 0
+    assert "pictures" in capsys.readouterr().out
+    head = path.read_text().split("\nmodel:")[0]
+    assert f"configs/{path.name}" in head and ("UNTESTED" in head or "Measured" in head)
+
+
+def test_the_plan_counts_what_will_be_done():
+    recipe = read(str(ROOT / "configs" / "sd15_compressibility.yaml"), [], 1).recipe
+    text = plan(recipe)
+    assert (
+        "256 x 1 = 256 pictures" in text
+        and "4, each of 64 pictures" in text
+        and "25,600 pictures" in text
+        and "400 updates" in text
+    )
+
+
+def test_a_misspelt_key_under_accelerate_launch_ends_with_code_2_and_loads_nothing():
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "ddpo.train"]
+    config = ROOT / "configs" / "menagerie_compressibility.yaml"
+    ended = subprocess.run(
+        [*command, str(config), "algorithm.clipp=1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0 and "did you mean 'clip'?" in ended.stderr and "loading" not in ended.stdout
+    names = ("diffusers", "peft", "accelerate", "open_clip")
+    heavy = f"import sys; from ddpo import experiment; print([m for m in {names} if m in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A run folder made by the real command, which was watched for connections."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    config = folder.parent / "run.yaml"
+    config.write_text(CONFIG.format(model=tiny))
+    watched = (
+        "import sys\n"
+        "def hook(event, args):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'pickle.find_class'): print('WATCHED', event, args, flush=True)\n"
+        "sys.addaudithook(hook)\n"
+        "from ddpo.train import main\n"
+        f"sys.exit(main([{str(config)!r}, 'run.iterations=2', 'run.output={folder}']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", watched], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return folder, ended.stdout
+
+
+def test_a_run_opens_no_connection_and_no_pickle(finished):
+    _, output = finished
+    assert "WATCHED" not in output, [line for line in output.splitlines() if "WATCHED" in line]
+
+
+def test_the_run_folder_holds_what_was_promised(finished):
+    folder, output = finished
+    for name in (
+        "run.json", "config.yaml", "metrics.jsonl", "rewards.jsonl", "train.log", "samples/index.jsonl", "README.md", "report.html",
+        "lora/pytorch_lora_weights.safetensors", f"lora/{folder.name}.safetensors", "checkpoints/latest", "checkpoints/best",
+    ):  # fmt: skip
+        assert (folder / name).is_file(), name
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "finished" and run["seed"] == 0 and run["versions"]["torch"]
+    assert len(run["prompts"]["train"]["sha256"]) == 64
+    assert str(folder / "report.html") in output.replace("\n", "") or "report.html" in output
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    for key in ("images", "seconds/rollout", "seconds/reward", "seconds/update", "seconds/eval", "reward/compressibility/mean",
+                "advantage/zero_std_fraction", "ratio/mean", "ratio/max", "clip_fraction", "kl/step_nats", "grad_norm", "lr",
+                "eval/compressibility/delta_low", "eval/win_rate", "eval/diversity/tuned"):  # fmt: skip
+        assert key in last, key
+
+
+def test_the_resolved_config_reproduces_the_recipe(finished):
+    folder, _ = finished
+    again = read(str(folder / "config.yaml"), [], 1).recipe
+    assert again.run.iterations == 2 and again.algorithm.options["kl"] == 0.01
+
+
+def test_base_and_tuned_pictures_can_be_drawn_from_the_folder(finished, tmp_path, capsys):
+    from PIL import Image
+
+    folder, _ = finished
+    out = tmp_path / "pairs.png"
+    assert cli.main(["generate", str(folder), "-p", "a cat on a red background", "--seeds", "3", "-o", str(out)]) == 0
+    assert Image.open(out).size == (3 * 16, 2 * 16)
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
