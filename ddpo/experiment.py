@@ -141,7 +141,7 @@ def run(recipe: Recipe, words: list[str]) -> int:
             trainer, last = _train(recipe, folder, accelerator, display)
             if record:
                 _finish(folder, trainer.policy, last, record, display)
-    except (TrainingError, FileError, RewardError, ModelError) as e:
+    except (TrainingError, FileError, RewardError, ModelError, ImportError) as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         if record:
             record.write("failed", str(e))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Ge, Gt
@@ -42,12 +42,13 @@ class Policy:
     def __init__(self, family: Family, lora: LoRA, guidance: float = 1.0, seed: int = 0):
         from peft import LoraConfig  # here: it takes seconds, and a typo in a config should not
 
-        self.family, self.guidance, self.network = family, guidance, family.network
+        self.family, self.guidance = family, guidance
+        self.network = cast(Any, family.network)  # a module with diffusers' adapter methods
         self.lora_config = LoraConfig(
             r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha, init_lora_weights="gaussian",
             target_modules=lora.targets or family.lora_targets,
         )  # fmt: skip
-        self.network.requires_grad_(False)
+        family.network.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(seed, "lora").initial_seed())
             try:

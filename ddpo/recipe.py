@@ -94,10 +94,14 @@ class Learning:
     eight_bit: bool = False
 
     def build(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        kind = torch.optim.AdamW
-        if self.eight_bit:
-            from bitsandbytes.optim import AdamW8bit as kind
-        return kind(weights, self.lr, weight_decay=self.weight_decay)
+        """Raises ImportError, with the fix, where eight_bit is asked for and bitsandbytes is not there."""
+        if not self.eight_bit:
+            return torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay)
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as e:
+            raise ImportError("optimizer.eight_bit needs bitsandbytes: pip install 'ddpo[bnb]', or set it to false") from e
+        return AdamW8bit(weights, self.lr, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)

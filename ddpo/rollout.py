@@ -63,12 +63,13 @@ class Rollout:
         return len(self.latents)
 
     def __getitem__(self, rows: Tensor) -> Rollout:
-        def pick(v: Tensor | None) -> Tensor | None:
-            return None if v is None else v[rows.to(v.device)]
+        def pick(v: Tensor) -> Tensor:
+            return v[rows.to(v.device)]
 
         return replace(
             self, prompts=[self.prompts[i] for i in rows], cond_rows=pick(self.cond_rows), latents=pick(self.latents),
-            log_probs=pick(self.log_probs), images=pick(self.images), advantages=pick(self.advantages),
+            log_probs=pick(self.log_probs), images=pick(self.images),
+            advantages=None if self.advantages is None else pick(self.advantages),
         )  # fmt: skip
 
     def chunks(self, size: int) -> Iterator[Rollout]:
@@ -142,7 +143,15 @@ def collect(
 
 
 @torch.no_grad()
-def _sample(policy, cond, addresses, solver, times, keep_trajectory, advance) -> tuple[Tensor, Tensor, Tensor]:
+def _sample(
+    policy: Policy,
+    cond: Cond,
+    addresses: Sequence[Address],
+    solver: Solver,
+    times: Tensor,
+    keep_trajectory: bool,
+    advance: Callable[[int], None],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(latents, log-probabilities, images) of one batch.
 
     Latents are float32 from the draw on: the stored one, the one the network sees next and the one whose

@@ -6,7 +6,7 @@ The same held-out prompts and seeds are drawn by the base model and again as tra
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def save_samples(
     images: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    scores: dict[str, Sequence[float | None]],
+    scores: Mapping[str, Sequence[float | None]],
 ) -> list[Sample]:
     """Write the pictures as lossless WebP and enter them in samples/index.jsonl, in place of this iteration's old entries.
 

@@ -58,7 +58,7 @@ class Tower:
         if self._model is None:
             # Weights of OpenAI's models want QuickGELU, which open_clip only warns of when the architecture lacks it.
             quick = bool(self.pretrained and open_clip.get_pretrained_cfg(self.source, self.pretrained).get("quick_gelu"))
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # weights made in inference mode could never carry a gradient
                 model = open_clip.create_model(self.source, self.pretrained, force_quick_gelu=quick, require_pretrained=True)
             self._tokenize = open_clip.get_tokenizer(self.source)
             self._model = model.eval().requires_grad_(False).to(self.device)
@@ -80,8 +80,7 @@ class Tower:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B, D). Each is computed once and alone, so that it does not depend on its neighbours."""
         model = self.load()
-        # A tensor made in inference mode could not take part in a gradient later on.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for text in set(texts) - self._texts.keys():
                 tokens = self._tokenize([text]).to(self.device)
                 self._texts[text] = F.normalize(model.encode_text(tokens), dim=1)[0]

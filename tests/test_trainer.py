@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpo.advantage import GroupRelative, PerPrompt
-from ddpo.algorithms.ddpo import DDPO, ScoreFunction
+from ddpo.algorithms.ddpo import DDPO
 from ddpo.checkpoint import MismatchedCheckpoint
 from ddpo.config import Component
 from ddpo.diffusion import DDIM
@@ -177,23 +177,3 @@ def test_the_probe_is_the_same_every_time_and_the_base_is_drawn_once(tiny, tmp_p
     last = lines(tmp_path)[-1]
     assert last["eval/brightness/delta"] == pytest.approx(0, abs=1e-3)
     shutil.rmtree(tmp_path / "samples")
-
-
-@pytest.mark.parametrize("algorithm, updates", [(DDPO(clip=0.2), 2), (ScoreFunction(), 1)])
-@pytest.mark.parametrize("which", ["tiny", "tiny_v"])
-def test_every_algorithm_learns_a_small_task(which, algorithm, updates, tmp_path, request):
-    folder = request.getfixturevalue(which)
-    trainer = trainer_of(
-        tmp_path,
-        folder,
-        iterations=8,
-        algorithm=algorithm,
-        updates=updates,
-        lr=3e-2,
-        prompts=4,
-        group_size=6,
-        batch_size=24,
-        micro_batch=12,
-    )
-    last = trainer.run()
-    assert last["eval/brightness/delta_low"] > 0.01, last

@@ -19,6 +19,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ from ddpo.menagerie import architecture, scenes
 from ddpo.noise import generator
 
 SEED = 1
-STEPS = {"vae": 2_800, "clip": 900, "unet": 4_800}
+STEPS = {"vae": 2_800, "clip": 900, "unet": 3_500}
 PICTURES = 48_000
 
 
@@ -139,11 +141,11 @@ class Pool:
         return torch.tensor([rows[int(p * len(rows))] for rows, p in zip(chosen, picks, strict=True)])
 
 
-def _draw(scene: scenes.Scene, index: int):
+def _draw(scene: scenes.Scene, index: int) -> Image.Image:
     return scenes.draw(scene, random.Random(f"{SEED}/{index}"))
 
 
-def train_vae(pool: Pool, steps: int, work: Path, device: str) -> nn.Module:
+def train_vae(pool: Pool, steps: int, work: Path, device: str) -> AutoencoderKL:
     vae = architecture.vae().to(memory_format=torch.channels_last)
     vae.encoder.compile()
     vae.decoder.compile()
@@ -166,13 +168,13 @@ def train_vae(pool: Pool, steps: int, work: Path, device: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _encode(vae: nn.Module, pool: Pool, rows: Tensor, device: str) -> Tensor:
+def _encode(vae: AutoencoderKL, pool: Pool, rows: Tensor, device: str) -> Tensor:
     """(B, 4, 16, 16) posterior means, unscaled."""
     with torch.autocast(device, torch.bfloat16):
         return torch.cat([vae.encode(pool.images(r)).latent_dist.mean.float() for r in rows.split(256)])
 
 
-def train_clip(pool: Pool, vae: nn.Module, steps: int, work: Path, device: str) -> nn.Module:
+def train_clip(pool: Pool, vae: AutoencoderKL, steps: int, work: Path, device: str) -> nn.Module:
     model, tokenizer = architecture.clip().to(memory_format=torch.channels_last), architecture.tokenizer()
     fit = Fit("clip", model, steps, 1e-3, work, device)
 
@@ -203,7 +205,7 @@ def train_clip(pool: Pool, vae: nn.Module, steps: int, work: Path, device: str) 
     return model
 
 
-def train_unet(pool: Pool, vae: nn.Module, steps: int, work: Path, device: str) -> tuple[nn.Module, nn.Module]:
+def train_unet(pool: Pool, vae: AutoencoderKL, steps: int, work: Path, device: str) -> tuple[nn.Module, nn.Module]:
     unet, text_encoder, tokenizer = architecture.unet(), architecture.text_encoder(), architecture.tokenizer()
     fit = Fit("unet", nn.ModuleList([unet, text_encoder]), steps, 1.5e-3, work, device)
     latents = _encode(vae, pool, torch.arange(len(pool.scenes)), device) * vae.config.scaling_factor
