@@ -49,7 +49,7 @@ def test_every_recipe_is_valid_and_can_be_planned_without_weights(path, capsys, 
     monkeypatch.chdir(ROOT)
     assert train.main([str(path), "--dry-run"]) == 0
     assert "pictures" in capsys.readouterr().out
-    head = path.read_text().split("\nmodel:")[0]
+    head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     assert f"configs/{path.name}" in head and ("UNTESTED" in head or "Measured" in head)
 
 
@@ -57,7 +57,7 @@ def test_the_plan_counts_what_will_be_done():
     recipe = read(str(ROOT / "configs" / "sd15_compressibility.yaml"), [], 1).recipe
     text = plan(recipe)
     assert (
-        "256 x 1 = 256 pictures" in text
+        "256 prompt groups x 1 = 256 pictures" in text
         and "4, each of 64 pictures" in text
         and "25,600 pictures" in text
         and "400 updates" in text

@@ -66,7 +66,7 @@ def test_the_shipped_model_draws_what_it_is_asked_for(pipe):
     assert quality.names_the_animal(quality.real(shown), shown, architecture.WEIGHTS / "clip") > 0.85
     one = quality.held_out(40, (1,))
     drawn = quality.drawn(pipe, one)
-    assert quality.share(Colour(), drawn, one) > 0.7
+    assert quality.share(Colour(), drawn, one) > 0.8
     rivals = [scenes.Scene(s.animal, "red" if s.colour != "red" else "blue", 1) for s in one]
     assert quality.share(Colour(), drawn, rivals) < 0.3
 
@@ -74,7 +74,7 @@ def test_the_shipped_model_draws_what_it_is_asked_for(pipe):
 def test_an_interrupted_stage_ends_as_an_uninterrupted_one(tmp_path):
     def fit(folder, stop=None):
         torch.manual_seed(0)
-        module = torch.nn.Linear(4, 4)
+        module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
         stage = pretrain.Fit("stage", module, 300, 1e-2, folder, "cpu")
 
         def loss(g):
@@ -83,7 +83,7 @@ def test_an_interrupted_stage_ends_as_an_uninterrupted_one(tmp_path):
             return (module(torch.randn(8, 4, generator=g)) - 1).square().mean()
 
         stage.run(loss)
-        return module.weight
+        return torch.cat([v.flatten().float() for v in module.state_dict().values()])
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()

@@ -89,6 +89,7 @@ class Fit:
 
     def _save(self, step: int) -> None:
         tensors = {f"now/{k}": p.detach() for k, p in self.params.items()} | {f"mean/{k}": v for k, v in self.average.items()}
+        tensors |= {f"buffer/{k}": v for k, v in self.module.named_buffers()}  # batch norm's statistics
         for k, p in self.params.items():
             tensors |= {f"adam/{k}/{field}": v for field, v in self.optimizer.state[p].items()}
         partial = self.path.with_suffix(".partial")
@@ -100,6 +101,8 @@ class Fit:
             return 0
         tensors = load_file(self.path, self.device)
         with torch.no_grad():
+            for k, v in self.module.named_buffers():
+                v.copy_(tensors[f"buffer/{k}"])
             for k, p in self.params.items():
                 p.copy_(tensors[f"now/{k}"])
                 self.average[k].copy_(tensors[f"mean/{k}"])
