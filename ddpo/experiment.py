@@ -26,6 +26,7 @@ from ddpo.noise import Address
 from ddpo.policy import LoRA, Policy
 from ddpo.recipe import Acting, Evaluating, Learning, Prompts, Run, Weight
 from ddpo.rollout import collect
+from rewards import Rubric
 
 VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "pillow"]
 Scorers = list[Annotated[Component, In("rewards", extra=Weight)]]
@@ -175,20 +176,30 @@ class ModelError(RuntimeError):
 def _train(recipe: Recipe, folder: Path, accelerator: Any, display: Any) -> tuple[Any, dict[str, Any]]:
     """Load the model and the scorers, and train."""
     from ddpo.trainer import Task, Trainer
-    from rewards import Rubric
 
     display.say(f"{folder}: loading {recipe.model.options.get('path', recipe.model.name)}")
     try:
         policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
     except (OSError, ValueError) as e:
         raise ModelError(f"model {recipe.model.options.get('path', recipe.model.name)!r} cannot be loaded: {e}") from e
-    rubrics = [Rubric.of([(c.build(), c.extra.weight) for c in parts]) for parts in (recipe.rewards, recipe.held_out_rewards)]
-    task = Task(prompts.load(recipe.prompts.train), prompts.load(recipe.prompts.held_out), *rubrics)
+    task = Task(prompts.load(recipe.prompts.train), prompts.load(recipe.prompts.held_out), *rubrics(recipe))
     trainer = Trainer(
         policy, recipe.algorithm.build(), recipe.advantage.build(), task, recipe.run, recipe.rollout, recipe.optimizer,
         recipe.evaluation, folder, identity(recipe), accelerator, display,
     )  # fmt: skip
     return trainer, trainer.run()
+
+
+def rubrics(recipe: Recipe) -> tuple[Rubric, Rubric]:
+    """What is trained on and what is only watched. All names differ: a watched scorer never passes for a trained one."""
+    pairs = [(c.build(), c.extra.weight) for c in (*recipe.rewards, *recipe.held_out_rewards)]
+    both = Rubric.of(pairs)
+    trained, watched = list(both.rewards)[: len(recipe.rewards)], list(both.rewards)[len(recipe.rewards) :]
+
+    def part(names: list[str]) -> Rubric:
+        return Rubric({n: both.rewards[n] for n in names}, {n: both.weights[n] for n in names})
+
+    return part(trained), part(watched)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

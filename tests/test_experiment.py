@@ -9,7 +9,7 @@ import pytest
 
 from ddpo import cli, train
 from ddpo.config import ConfigError
-from ddpo.experiment import plan, read
+from ddpo.experiment import plan, read, rubrics
 from tests.test_kill import CONFIG, ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +51,12 @@ def test_every_recipe_is_valid_and_can_be_planned_without_weights(path, capsys, 
     assert "pictures" in capsys.readouterr().out
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     assert f"configs/{path.name}" in head and ("UNTESTED" in head or "Measured" in head)
+
+
+def test_a_watched_scorer_never_takes_the_place_of_a_trained_one():
+    words = ["rewards=[{name: 'scene:Count'}]", "held_out_rewards=[{name: 'scene:Count'}, {name: 'scene:Colour'}]"]
+    trained, watched = rubrics(read(str(ROOT / "configs" / "menagerie_compressibility.yaml"), words, 1).recipe)
+    assert list(trained.rewards) == ["count"] and list(watched.rewards) == ["count_2", "colour"]
 
 
 def test_the_plan_counts_what_will_be_done():
