@@ -129,9 +129,10 @@ def run(recipe: Recipe, words: list[str]) -> int:
     from ddpo.trainer import TrainingError
     from rewards import RewardError
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # several CPU processes need to be told
     if accelerator.device.type == "cpu":  # launchers give each process one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        shared_out = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(recipe.run.threads or max(1, shared_out))
     folder = _folder(recipe, words[0], accelerator)
     main = accelerator.is_main_process
     display = Display(main, folder / "train.log" if main else None)

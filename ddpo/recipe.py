@@ -20,6 +20,7 @@ class Run:
         iterations: rounds of acting and learning.
         eval_every: iterations between evaluations; there is one before the first and one after the last.
         save_every: iterations between checkpoints; there is one after each evaluation too.
+        threads: of each process on a CPU; None shares out all cores. Fewer where something else works beside it.
     """
 
     name: str | None = None
@@ -28,6 +29,7 @@ class Run:
     iterations: Annotated[int, Ge(1)] = 100
     eval_every: Annotated[int, Ge(1)] = 10
     save_every: Annotated[int, Ge(1)] = 10
+    threads: Annotated[int, Ge(1)] | None = None
 
 
 @dataclass(frozen=True)

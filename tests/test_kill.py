@@ -25,7 +25,7 @@ rewards: [{{name: "jpeg:Compressibility"}}, {{name: "scene:Count", weight: 0.1}}
 held_out_rewards: []
 optimizer: {{lr: 1.0e-2, updates: 2, micro_batch: 4}}
 evaluation: {{prompts: 2, seeds: 2}}
-run: {{iterations: 6, eval_every: 3, save_every: 1}}
+run: {{iterations: 6, eval_every: 3, save_every: 1, threads: 1}}
 """
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
