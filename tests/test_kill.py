@@ -72,12 +72,12 @@ def test_ten_kills_at_random_moments_end_bit_identical(config, tmp_path):
             process.wait()
             kills += 1
         else:
-            _same(whole, load_file(folder / "lora" / "pytorch_lora_weights.safetensors"))
+            check_same(whole, load_file(folder / "lora" / "pytorch_lora_weights.safetensors"))
             run += 1
-    _same(whole, finish(config, folder))
+    check_same(whole, finish(config, folder))
 
 
-def _same(whole, other):
+def check_same(whole, other):
     assert whole.keys() == other.keys() and all(torch.equal(whole[k], other[k]) for k in whole)
 
 
