@@ -31,7 +31,7 @@ from ddpo.menagerie import architecture, scenes
 from ddpo.noise import generator
 
 SEED = 1
-STEPS = {"vae": 2_800, "clip": 900, "unet": 3_500}
+STEPS = {"vae": 3_800, "clip": 1_500, "unet": 10_000}
 PICTURES = 48_000
 
 
@@ -210,6 +210,8 @@ def train_clip(pool: Pool, vae: AutoencoderKL, steps: int, work: Path, device: s
 
 def train_unet(pool: Pool, vae: AutoencoderKL, steps: int, work: Path, device: str) -> tuple[nn.Module, nn.Module]:
     unet, text_encoder, tokenizer = architecture.unet(), architecture.text_encoder(), architecture.tokenizer()
+    unet.compile()
+    text_encoder.compile()
     fit = Fit("unet", nn.ModuleList([unet, text_encoder]), steps, 1.5e-3, work, device)
     latents = _encode(vae, pool, torch.arange(len(pool.scenes)), device) * vae.config.scaling_factor
     abar = architecture.scheduler().alphas_cumprod.to(device)

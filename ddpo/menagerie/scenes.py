@@ -34,8 +34,11 @@ ANIMALS: dict[str, str] = dict(
 PLURALS = {"sheep": "sheep", "fish": "fish", "blowfish": "blowfish", "mouse": "mice", "butterfly": "butterflies",
            "octopus": "octopuses", "fox": "foxes", "ladybug": "ladybugs"}  # fmt: skip
 WORDS = {2: "two", 3: "three"}
-SHARE = {1: (0.62, 0.86), 2: (0.40, 0.50), 3: (0.33, 0.42)}  # an animal's longer side as a share of the picture's
-GAP, BORDER = 4, 3  # pixels between two animals, and to the border: less, and the count rule could not tell them apart
+LONGER = {1: (40, 48), 2: (24, 28), 3: (20, 24)}  # an animal's longer side in pixels, by the number of animals
+# Sizes and places lie on the VAE's grid: its latents are one to 4 x 4 pixels, so an animal has the same latents wherever
+# it stands, and a model of two cores' training can learn to draw it.
+GRID = 4
+GAP = BORDER = 4  # pixels between two animals, and to the border: less, and the count rule could not tell them apart
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def sample(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """One picture of the scene, (SIZE, SIZE) RGB: tint, size, place, flip and tilt at random."""
+    """One picture of the scene, (SIZE, SIZE) RGB: tint, size, place and flip at random."""
     tint = rng.uniform(-18, 18)
     canvas = Image.new("RGB", (SIZE, SIZE), tuple(int(min(255, max(0, v + tint))) for v in PALETTE[scene.colour]))
     while (placed := _place(scene, rng)) is None:
@@ -94,10 +97,10 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 def _place(scene: Scene, rng: random.Random) -> list[tuple[Image.Image, int, int]] | None:
     placed: list[tuple[Image.Image, int, int]] = []
     for _ in range(scene.count):
-        sprite = _pose(glyphs()[scene.animal], rng.uniform(*SHARE[scene.count]), rng)
+        sprite = _pose(glyphs()[scene.animal], rng.choice(LONGER[scene.count]), rng)
         for _ in range(30):
-            x = rng.randint(BORDER, SIZE - BORDER - sprite.width)
-            y = rng.randint(BORDER, SIZE - BORDER - sprite.height)
+            x = rng.randrange(BORDER, SIZE - BORDER - sprite.width + 1, GRID)
+            y = rng.randrange(BORDER, SIZE - BORDER - sprite.height + 1, GRID)
             if all(_apart(x, y, sprite, *other) for other in placed):
                 placed.append((sprite, x, y))
                 break
@@ -106,13 +109,11 @@ def _place(scene: Scene, rng: random.Random) -> list[tuple[Image.Image, int, int
     return placed
 
 
-def _pose(glyph: Image.Image, share: float, rng: random.Random) -> Image.Image:
-    """The animal flipped and tilted at random, its longer side `share` of the picture's."""
+def _pose(glyph: Image.Image, longer: int, rng: random.Random) -> Image.Image:
+    """The animal, flipped at random, with its longer side this many pixels."""
     if rng.random() < 0.5:
         glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    glyph = glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
-    glyph = glyph.crop(glyph.getbbox())
-    scale = SIZE * share / max(glyph.size)
+    scale = longer / max(glyph.size)
     return glyph.resize((round(glyph.width * scale), round(glyph.height * scale)), Image.Resampling.LANCZOS)
 
 
