@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -118,7 +118,28 @@ def plan(recipe: Recipe) -> str:
         f"each of {recipe.evaluation.prompts} x {recipe.evaluation.seeds} pictures",
         "prompts": f"{len(prompts.load(recipe.prompts.train))} to train on, {len(prompts.load(recipe.prompts.held_out))} held out",
     }
-    return "\n".join(f"{name + ':':16} {text}" for name, text in lines.items())
+    return "\n".join(f"{name + ':':16} {text}" for name, text in (lines | _needs(recipe)).items())
+
+
+def _needs(recipe: Recipe) -> dict[str, str]:
+    """Memory and time, estimated on an outline of the model."""
+    from ddpo import estimate
+
+    acting, learning = recipe.rollout, recipe.optimizer
+    family = replace(recipe.model, factory=recipe.model.factory.outline).build()
+    need = estimate.need(Policy(family, recipe.lora, acting.guidance), acting.batch_size, learning.micro_batch)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    speed = estimate.speed(device, family.dtype)
+    trained = learning.epochs * getattr(recipe.algorithm.build(), "steps", 1.0)
+    work = acting.images * acting.num_steps * (need.act_flops + trained * need.learn_flops)
+    hours = recipe.run.iterations * work / speed / 3600
+    assumed = "" if not family.assumed else f" (sizes of Stable Diffusion 1.5: {family.source} is not on this machine)"
+    return {
+        "memory": f"about {need.memory / 1e9:.1f} GB a process{assumed}: {need.weights / 1e9:.1f} of weights, and {need.acting / 1e9:.1f} "
+        f"while acting or {need.learning / 1e9:.1f} while learning; scorers come on top",
+        "time": f"{work / 1e12:,.1f} TFLOP an iteration; all iterations would take {hours:,.2f} h at the {speed / 1e12:.2f} TFLOP/s that "
+        f"matrix products reach on this {device.type} now, and longer as networks stay below that",
+    }
 
 
 def run(recipe: Recipe, words: list[str]) -> int:

@@ -48,7 +48,8 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused():
 def test_every_recipe_is_valid_and_can_be_planned_without_weights(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert train.main([str(path), "--dry-run"]) == 0
-    assert "pictures" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "pictures" in shown and "GB a process" in shown and "TFLOP" in shown
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     assert f"configs/{path.name}" in head and ("UNTESTED" in head or "Measured" in head)
 

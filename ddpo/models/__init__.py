@@ -1,7 +1,7 @@
 """A model family: a pretrained text-to-image model cut into the pieces that RL needs. One file a family."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ class Family(Protocol):
     dtype: torch.dtype  # what the network computes in; the mathematics around it is float32
     source: str  # hub id or folder, for run.json and the model card
     device: torch.device
+    assumed: bool  # of an outline: its sizes are a guess, since the model is not on this machine
+    offload: bool  # whether the helpers leave the device while they have nothing to do
+    outline: ClassVar[type]  # the same family, taking the same options, with networks of shapes and no numbers (meta device)
 
+    @property
+    def helpers(self) -> list[nn.Module]: ...  # all networks but the denoiser: text encoders, VAE
     def to(self, device: torch.device) -> None: ...
     def encode(self, prompts: list[str]) -> Cond: ...
     def denoise(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...

@@ -1,9 +1,9 @@
 """Stable Diffusion 1.x and 2.x: a UNet over 4-channel latents on the DDPM schedule, predicting eps or v."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
@@ -15,6 +15,7 @@ from ddpo.diffusion import VariancePreserving, from_eps, from_v
 from ddpo.models import Cond
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Parts = tuple[nn.Module, nn.Module, nn.Module, Any, Any]  # UNet, VAE, text encoder, tokenizer, the scheduler's config
 MENAGERIE = Path(ddpo.__file__).parent / "menagerie" / "weights"
 
 
@@ -35,6 +36,8 @@ class StableDiffusion:
 
     lora_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     lora_prefix = "unet"
+    assumed = False
+    outline: ClassVar[type["StableDiffusion"]]
 
     def __init__(
         self,
@@ -45,24 +48,16 @@ class StableDiffusion:
         gradient_checkpointing: bool = False,
         offload: bool = False,
     ):
-        from diffusers import DDIMScheduler, StableDiffusionPipeline  # here: it takes seconds, and a typo should not
-        from diffusers.utils import logging
-        from transformers.utils import logging as transformers_logging
-
-        logging.disable_progress_bar()  # five parts of one model need no bars of their own
-        transformers_logging.disable_progress_bar()
+        from diffusers import DDIMScheduler  # here: it takes seconds, and a typo should not
 
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
-        pipe = StableDiffusionPipeline.from_pretrained(
-            MENAGERIE if path == "menagerie" else path, revision=revision, dtype=self.dtype, use_safetensors=True,
-            safety_checker=None, requires_safety_checker=False,
-        )  # fmt: skip
-        self.network, self.vae, self.text_encoder, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
+        parts = self._parts(MENAGERIE if path == "menagerie" else path, revision)
+        self.network, self.vae, self.text_encoder, self.tokenizer, schedule = parts
         for module in (self.network, self.vae, self.text_encoder):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        noise = DDIMScheduler.from_config(pipe.scheduler.config)
+        noise = DDIMScheduler.from_config(schedule)
         if noise.config.prediction_type not in PREDICTIONS:
             raise ValueError(f"{path} predicts {noise.config.prediction_type!r}; known are {', '.join(PREDICTIONS)}")
         if noise.config.timestep_spacing not in ("leading", "trailing"):
@@ -79,23 +74,34 @@ class StableDiffusion:
         if resolution is not None and resolution % factor:
             raise ValueError(f"resolution is {resolution}; it must be a multiple of {factor}")
         self.latent_shape = (self.network.config.in_channels, side, side)
-        self.device = torch.device("cpu")
+        self.device = next(self.network.parameters()).device
+
+    def _parts(self, path: str | Path, revision: str | None) -> Parts:
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
+
+        logging.disable_progress_bar()  # five parts of one model need no bars of their own
+        transformers_logging.disable_progress_bar()
+        pipe = StableDiffusionPipeline.from_pretrained(
+            path, revision=revision, dtype=self.dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+        )  # fmt: skip
+        return pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler.config
+
+    def _half(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def helpers(self) -> list[nn.Module]:
+        return [self.vae, self.text_encoder]
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        self.network.to(device)
-        if not self.offload:
-            self.vae.to(device)
-            self.text_encoder.to(device)
+        for module in (self.network, *([] if self.offload else self.helpers)):
+            module.to(device)
 
-    @contextmanager
-    def _at_work(self, module: nn.Module) -> Iterator[None]:
-        module.to(self.device)
-        try:
-            yield
-        finally:
-            if self.offload:
-                module.to("cpu")
+    def _at_work(self, module: nn.Module) -> AbstractContextManager[None]:
+        return _visit(module.to(self.device), self.offload)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
@@ -109,18 +115,66 @@ class StableDiffusion:
     def denoise(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's raw output, float32. Autocast ends here: outside, it would keep half-precision copies of the
         LoRA weights, and an earlier self would silently act as the present one."""
-        half = torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
         # On a CPU, at few tokens, attention written out is faster than the fused kernel's backward pass. Checkpointing
         # computes its second forward pass outside of this context, where the kernel would be another.
         plain = x.device.type == "cpu" and x[0, 0].numel() <= 256 and not self.network.is_gradient_checkpointing
-        with half, sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        with self._half(x.device), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             return network(x.to(self.dtype), t, cond["text"]).sample.float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        half = torch.autocast(latents.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with self._at_work(self.vae), half:
+        with self._at_work(self.vae), self._half(latents.device):
             images = self.vae.decode(latents.to(self.dtype) / self.vae.config.scaling_factor).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
+@contextmanager
+def _visit(module: nn.Module, offload: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if offload:
+            module.to("cpu")
+
+
+class _Outline(StableDiffusion):
+    """The same model without its numbers: networks on torch's meta device, built from the configs that are on this machine.
+
+    Where there are none, because a hub id was not downloaded yet, the sizes are Stable Diffusion 1.5's, and `assumed` is true.
+    """
+
+    def _parts(self, path: str | Path, revision: str | None) -> Parts:
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        unet, vae = {"sample_size": 64, "cross_attention_dim": 768}, {
+            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        }  # fmt: skip
+        text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        schedule: Any = DDIMScheduler().config
+        try:
+            schedule = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision, local_files_only=True)
+            unet, vae = (
+                kind.load_config(path, subfolder=part, revision=revision, local_files_only=True)
+                for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+            )
+            text = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder", revision=revision, local_files_only=True)
+        except OSError:
+            self.assumed = True
+        with torch.device("meta"):
+            parts = UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), CLIPTextModel(text)
+        return *(part.to(self.dtype) for part in parts), None, schedule
+
+    def _half(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext()  # the meta device has no autocast; whoever walks through an outline sees to it
+
+    def _at_work(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()  # there is nothing to move
+
+    def encode(self, prompts: list[str]) -> Cond:
+        sizes = self.text_encoder.config
+        return {"text": torch.empty(len(prompts), sizes.max_position_embeddings, sizes.hidden_size, device="meta", dtype=self.dtype)}
+
+
+StableDiffusion.outline = _Outline
 PREDICTIONS = {"epsilon": from_eps, "v_prediction": from_v}
