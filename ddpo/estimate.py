@@ -48,7 +48,7 @@ def need(policy: Policy, batch_size: int, micro_batch: int) -> Need:
     family, passes = policy.family, 1 if policy.guidance == 1 else 2
     trained = sum(w.numel() for w in policy.weights.values())
     resident = [family.network, *([] if family.offload else family.helpers)]
-    weights = sum(p.nbytes for m in resident for p in m.parameters()) + trained * ADAM
+    weights = sum(p.nbytes for m in resident for p in m.parameters() if not p.requires_grad) + trained * ADAM
 
     def denoise(rows: int) -> Tensor:
         x, t = torch.empty(rows, *family.latent_shape, device="meta"), torch.zeros(rows, device="meta")

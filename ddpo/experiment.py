@@ -126,7 +126,8 @@ def _needs(recipe: Recipe) -> dict[str, str]:
     from ddpo import estimate
 
     acting, learning = recipe.rollout, recipe.optimizer
-    family = replace(recipe.model, factory=recipe.model.factory.outline).build()
+    model: Any = recipe.model.factory
+    family = replace(recipe.model, factory=model.outline).build()
     need = estimate.need(Policy(family, recipe.lora, acting.guidance), acting.batch_size, learning.micro_batch)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     speed = estimate.speed(device, family.dtype)

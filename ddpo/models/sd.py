@@ -15,7 +15,7 @@ from ddpo.diffusion import VariancePreserving, from_eps, from_v
 from ddpo.models import Cond
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Parts = tuple[nn.Module, nn.Module, nn.Module, Any, Any]  # UNet, VAE, text encoder, tokenizer, the scheduler's config
+Parts = tuple[Any, Any, Any, Any, Any]  # UNet, VAE, text encoder, tokenizer, the scheduler's config
 MENAGERIE = Path(ddpo.__file__).parent / "menagerie" / "weights"
 
 
@@ -173,7 +173,9 @@ class _Outline(StableDiffusion):
 
     def encode(self, prompts: list[str]) -> Cond:
         sizes = self.text_encoder.config
-        return {"text": torch.empty(len(prompts), sizes.max_position_embeddings, sizes.hidden_size, device="meta", dtype=self.dtype)}
+        return {
+            "text": torch.empty(len(prompts), sizes.max_position_embeddings, sizes.hidden_size, device="meta", dtype=self.dtype)
+        }
 
 
 StableDiffusion.outline = _Outline
