@@ -20,7 +20,9 @@ def test_a_forward_pass_costs_what_the_real_network_costs():
     policy = Policy(real, LoRA())
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         real.denoise(policy.network, torch.zeros(1, *real.latent_shape), torch.zeros(1), real.encode(["a cat"]))
-    text = 20 * sum(p.numel() for p in real.text_encoder.parameters() if p.ndim == 2) * 2  # an upper bound: embeddings multiply nothing
+    text = (
+        20 * sum(p.numel() for p in real.text_encoder.parameters() if p.ndim == 2) * 2
+    )  # an upper bound: embeddings multiply nothing
     assert 0 <= flops.get_total_flops() - need(dtype="float32").act_flops <= text
 
 
