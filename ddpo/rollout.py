@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ddpo.diffusion import Solver, log_prob, step_mean
+from ddpo.diffusion import Level, Schedule, Solver, log_prob, step_mean
 from ddpo.models import Cond
 from ddpo.noise import Address, normal
 from ddpo.policy import Policy
@@ -137,9 +137,15 @@ def collect(
         batch_cond = {k: v[cond_rows[rows]] for k, v in cond.items()}
         parts.append(_sample(policy, batch_cond, [addresses[i] for i in rows], solver, times, keep_trajectory, advance))
     latents, log_probs, images = (torch.cat(part) for part in zip(*parts, strict=True))
-    level = policy.family.schedule.level
-    stochastic = (solver(level(times[:-1]), level(times[1:]))[1] > 0).nonzero()[:, 0].tolist()
+    stochastic = stochastic_steps(policy.family.schedule, solver, num_steps)
     return Rollout(list(prompts), cond, cond_rows, latents, times, log_probs, stochastic, images, solver)
+
+
+def stochastic_steps(schedule: Schedule, solver: Solver, num_steps: int) -> list[int]:
+    """The steps at which the solver adds noise, so that they have a density to learn from."""
+    levels = schedule.level(schedule.times(num_steps))
+    now, then = (Level(*(v[part] for v in levels)) for part in (slice(None, -1), slice(1, None)))
+    return (solver(now, then)[1] > 0).nonzero()[:, 0].tolist()
 
 
 @torch.no_grad()

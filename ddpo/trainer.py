@@ -26,7 +26,7 @@ from ddpo.policy import Policy
 from ddpo.progress import Display
 from ddpo.prompts import Prompt
 from ddpo.recipe import Acting, Evaluating, Learning, Run
-from ddpo.rollout import Rollout, collect
+from ddpo.rollout import Rollout, collect, stochastic_steps
 from rewards import Rubric
 
 
@@ -58,6 +58,11 @@ class Trainer:
         self.acting = acting
         self.folder, self.identity, self.accelerator, self.display = folder, identity, accelerator, display
         self.solver: Solver = acting.solver.build()
+        if algorithm.needs_trajectory and not stochastic_steps(policy.family.schedule, self.solver, acting.num_steps):
+            raise TrainingError(
+                f"{self.solver} adds noise to none of the {acting.num_steps} steps, so there is nothing to learn from: lower "
+                "rollout.solver.min_sigma, or raise rollout.num_steps"
+            )
         self.probe = evaluate.Probe(task.held_out, evaluating, acting.num_steps, run.seed)
         policy.to(accelerator.device)
         for rubric in (task.rewards, task.held_out_rewards):

@@ -84,6 +84,16 @@ def test_eta_zero_takes_no_noise_and_the_last_step_to_a_clean_end_takes_none_eit
     assert std[-1] == 0 and (std[:-1] > 0).all()
 
 
+def test_min_sigma_is_ddpm_above_that_noise_level_and_the_ode_below():
+    _, ours = schedulers()
+    times = ours.times(10)
+    now, then = ours.level(times[:-1]), ours.level(times[1:])
+    above = now.sigma >= 0.9
+    assert 0 < above.sum() < 10
+    mixed, ddpm, ode = (torch.stack(s(now, then)) for s in (d.DDIM(1.0, min_sigma=0.9), d.DDIM(1.0), d.DDIM(0.0)))
+    assert torch.equal(mixed, torch.where(above, ddpm, ode))
+
+
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_number_of_steps_that_does_not_exist_is_refused(steps):
     with pytest.raises(ValueError, match="1 to 1000"):

@@ -68,7 +68,10 @@ def test_the_plan_counts_what_will_be_done():
         and "4, each of 64 pictures" in text
         and "25,600 pictures" in text
         and "400 updates" in text
+        and "25,600 to act; 25,600 forward" in text
     )
+    few = read(str(ROOT / "configs" / "sd15_compressibility.yaml"), ["rollout.solver.min_sigma=0.9"], 1).recipe
+    assert "25,600 to act; 10,752 forward" in plan(few)  # 21 of 50 steps start above that noise level
 
 
 def test_a_misspelt_key_under_accelerate_launch_ends_with_code_2_and_loads_nothing():

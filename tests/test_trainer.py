@@ -38,7 +38,9 @@ class Brightness:
 
 
 def trainer_of(folder, tiny, reward=None, iterations=3, algorithm=None, advantage=None, lr=1e-2, identity=None, **options):
-    acting = dict(num_steps=4, guidance=2.0, prompts=4, group_size=3, batch_size=6)
+    acting = dict(
+        solver=Component("diffusion:DDIM", DDIM, {"eta": 1.0}), num_steps=4, guidance=2.0, prompts=4, group_size=3, batch_size=6
+    )
     acting |= {k: options.pop(k) for k in list(options) if k in acting}
     learning = dict(lr=lr, updates=2, micro_batch=6) | options
     return Trainer(
@@ -46,7 +48,7 @@ def trainer_of(folder, tiny, reward=None, iterations=3, algorithm=None, advantag
         algorithm or DDPO(clip=0.1), advantage or GroupRelative(),
         Task(PROMPTS[:5], PROMPTS[5:], Rubric.of([(reward or Brightness(), 1.0)]), Rubric.of([])),
         Run(seed=0, iterations=iterations, eval_every=2, save_every=1),
-        Acting(Component("diffusion:DDIM", DDIM, {"eta": 1.0}), **acting), Learning(**learning), Evaluating(1, 2),
+        Acting(**acting), Learning(**learning), Evaluating(1, 2),
         folder, identity or {"model": "tiny"}, Accelerator(cpu=True), Display(False, None),
     )  # fmt: skip
 
@@ -119,6 +121,23 @@ def test_it_refuses_to_train_when_acting_and_learning_disagree(tiny, tmp_path):
     with pytest.raises(TrainingError, match="log importance ratio"):
         trainer.run()
     assert torch.equal(weights(trainer), before) and start is not None
+
+
+def test_a_sampler_that_never_adds_noise_is_refused_before_anything_is_drawn(tiny, tmp_path):
+    with pytest.raises(TrainingError, match="min_sigma"):
+        trainer_of(tmp_path, tiny, solver=Component("diffusion:DDIM", DDIM, {"min_sigma": 0.9999}))
+
+
+def test_only_the_steps_above_min_sigma_are_learned_from(tiny, tmp_path):
+    """The log-probability of the others is not finite, and would be seen in the weights."""
+    trainer = trainer_of(tmp_path, tiny, solver=Component("diffusion:DDIM", DDIM, {"min_sigma": 0.9}), iterations=1)
+    before = weights(trainer)
+    rollout = trainer._act()
+    assert 0 < len(rollout.stochastic) < 4 and torch.isfinite(rollout.log_probs).all(0).tolist() == [
+        s in rollout.stochastic for s in range(4)
+    ]
+    trainer.run()
+    assert not torch.equal(weights(trainer), before) and weights(trainer).isfinite().all()
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing(tiny, tmp_path):

@@ -151,7 +151,9 @@ class _Outline(StableDiffusion):
             "up_block_types": ["UpDecoderBlock2D"] * 4,
         }  # fmt: skip
         text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        schedule: Any = DDIMScheduler().config
+        schedule: Any = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
+        ).config  # fmt: skip
         try:
             schedule = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision, local_files_only=True)
             unet, vae = (
@@ -163,7 +165,9 @@ class _Outline(StableDiffusion):
             self.assumed = True
         with torch.device("meta"):
             parts = UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), CLIPTextModel(text)
-        return *(part.to(self.dtype) for part in parts), None, schedule
+        for part in parts:
+            nn.Module.to(part, self.dtype)  # diffusers' own `to` warns, even where there is nothing to warn of
+        return *parts, None, schedule
 
     def _half(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()  # the meta device has no autocast; whoever walks through an outline sees to it
