@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,11 +55,14 @@ class Tower:
     def load(self) -> Any:
         """The model, frozen. The first call reads it from disk, or downloads it."""
         if self._model is None:
+            import open_clip  # here: it takes seconds, and a typo in a config should not
+
             # Weights of OpenAI's models want QuickGELU, which open_clip only warns of when the architecture lacks it.
             quick = bool(self.pretrained and open_clip.get_pretrained_cfg(self.source, self.pretrained).get("quick_gelu"))
             with torch.inference_mode(False):  # weights made in inference mode could never carry a gradient
                 model = open_clip.create_model(self.source, self.pretrained, force_quick_gelu=quick, require_pretrained=True)
             self._tokenize = open_clip.get_tokenizer(self.source)
+            self._preprocessing = open_clip.get_model_preprocess_cfg(model)
             self._model = model.eval().requires_grad_(False).to(self.device)
         return self._model
 
@@ -73,7 +75,7 @@ class Tower:
     def images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D)."""
         model = self.load()
-        pixels = preprocess(images.to(self.device, torch.float32), open_clip.get_model_preprocess_cfg(model))
+        pixels = preprocess(images.to(self.device, torch.float32), self._preprocessing)
         with torch.autocast(self.device.type, enabled=False):
             return F.normalize(model.encode_image(pixels), dim=1)
 
@@ -132,6 +134,8 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None]:
         raise ValueError(f"CLIP model {model!r}: there is no open_clip_config.json in that folder")
     if model.startswith(("local-dir:", "hf-hub:")):
         return model, None
+    import open_clip
+
     if model not in open_clip.list_models():
         raise ValueError(f"CLIP model {model!r} is unknown to open_clip{_meant(model, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(model)

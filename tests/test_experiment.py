@@ -82,7 +82,8 @@ def test_a_misspelt_key_under_accelerate_launch_ends_with_code_2_and_loads_nothi
     )
     assert ended.returncode != 0 and "did you mean 'clip'?" in ended.stderr and "loading" not in ended.stdout
     names = ("diffusers", "peft", "accelerate", "open_clip")
-    heavy = f"import sys; from ddpo import experiment; print([m for m in {names} if m in sys.modules])"
+    check = "from ddpo import experiment; experiment.read('configs/demo.yaml', [], 1)"
+    heavy = f"import sys; {check}; print([m for m in {names} if m in sys.modules])"
     seen = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
 
