@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +22,10 @@ from ddpo.checkpoint import load as load_checkpoint
 from ddpo.config import Component, Config, In, dump, load
 from ddpo.diffusion import DDIM
 from ddpo.durable import FileError
-from ddpo.models import Family
 from ddpo.noise import Address
 from ddpo.policy import LoRA, Policy
 from ddpo.recipe import Acting, Evaluating, Learning, Prompts, Run, Weight
-from ddpo.rollout import collect, stochastic_steps
+from ddpo.rollout import collect
 from rewards import Rubric
 
 VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "pillow"]
@@ -99,51 +98,6 @@ def read(path: str, overrides: list[str], processes: int) -> Config[Recipe]:
     config = load(path, overrides, Recipe)
     config.refuse(config.recipe.shares(processes))
     return config
-
-
-def plan(recipe: Recipe) -> str:
-    """What a run will do, without loading any weights."""
-    acting, learning, run = recipe.rollout, recipe.optimizer, recipe.run
-    model: Any = recipe.model.factory
-    family = replace(recipe.model, factory=model.outline).build()
-    passes = 1 if acting.guidance == 1 else 2
-    update = acting.images // learning.updates
-    chosen = getattr(recipe.algorithm.build(), "steps", 1.0) * len(
-        stochastic_steps(family.schedule, acting.solver.build(), acting.num_steps)
-    )
-    to_learn = acting.images * learning.epochs * max(1, round(chosen))  # denoising steps of pictures
-    lines = {
-        "an iteration": f"{acting.prompts} prompt groups x {acting.group_size} = {acting.images} pictures, {acting.num_steps} steps each",
-        "its updates": f"{learning.updates * learning.epochs}, each of {update} pictures "
-        f"in micro-batches of {min(learning.micro_batch, update)}",
-        "network passes": f"{acting.images * acting.num_steps * passes:,} to act; "
-        f"{to_learn * passes:,} forward and backward to learn",
-        "the run": f"{run.iterations} iterations, {run.iterations * acting.images:,} pictures, "
-        f"{run.iterations * learning.updates * learning.epochs:,} updates",
-        "evaluations": f"{1 + -(-run.iterations // run.eval_every)}, "
-        f"each of {recipe.evaluation.prompts} x {recipe.evaluation.seeds} pictures",
-        "prompts": f"{len(prompts.load(recipe.prompts.train))} to train on, {len(prompts.load(recipe.prompts.held_out))} held out",
-    }
-    return "\n".join(f"{name + ':':16} {text}" for name, text in (lines | _needs(recipe, family, to_learn)).items())
-
-
-def _needs(recipe: Recipe, family: Family, to_learn: int) -> dict[str, str]:
-    """Memory and time, estimated on an outline of the model."""
-    from ddpo import estimate
-
-    acting, learning = recipe.rollout, recipe.optimizer
-    need = estimate.need(Policy(family, recipe.lora, acting.guidance), acting.batch_size, learning.micro_batch)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    speed = estimate.speed(device, family.dtype)
-    work = acting.images * acting.num_steps * need.act_flops + to_learn * need.learn_flops
-    hours = recipe.run.iterations * work / speed / 3600
-    assumed = "" if not family.assumed else f" (sizes of Stable Diffusion 1.5: {family.source} is not on this machine)"
-    return {
-        "memory": f"about {need.memory / 1e9:.1f} GB a process{assumed}: {need.weights / 1e9:.1f} of weights, and {need.acting / 1e9:.1f} "
-        f"while acting or {need.learning / 1e9:.1f} while learning; scorers come on top",
-        "time": f"{work / 1e12:,.1f} TFLOP an iteration; all iterations would take {hours:,.2f} h at the {speed / 1e12:.2f} TFLOP/s that "
-        f"matrix products reach on this {device.type} now, and longer as networks stay below that",
-    }
 
 
 def run(recipe: Recipe, words: list[str]) -> int:

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
             print(e, file=sys.stderr)
         return 2
     if len(words) < len(argv):
-        print(experiment.plan(config.recipe))
+        from ddpo.plan import plan
+
+        print(plan(config.recipe))
         return 0
     return experiment.run(config.recipe, words)
 

@@ -9,7 +9,8 @@ import pytest
 
 from ddpo import cli, train
 from ddpo.config import ConfigError
-from ddpo.experiment import plan, read, rubrics
+from ddpo.experiment import read, rubrics
+from ddpo.plan import plan
 from tests.test_kill import CONFIG, ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent

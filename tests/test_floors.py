@@ -25,7 +25,7 @@ FLOORS = [  # a room may import from the floors above its own line, never sidewa
 ]
 PARTS_OF = {  # a room too large for one file
     "ddpo.components": "ddpo.config", "ddpo.yaml_lines": "ddpo.config", "ddpo.manifest": "ddpo.checkpoint",
-    "ddpo.page": "ddpo.report", "ddpo.learner": "ddpo.trainer",
+    "ddpo.page": "ddpo.report", "ddpo.learner": "ddpo.trainer", "ddpo.plan": "ddpo.experiment",
 }  # fmt: skip
 SHARED = {("ddpo.cli", "ddpo.train"), ("ddpo.cli", "ddpo.experiment"), ("ddpo.train", "ddpo.experiment")}
 ONLY_IN = {
