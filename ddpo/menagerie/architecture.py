@@ -1,4 +1,4 @@
-"""The built-in model's parts, untrained, and the folder they are shipped in."""
+"""The built-in models' parts, untrained, and the folders they are shipped in: an SD 1.5 in small, and an SD 3."""
 
 import json
 from functools import cache
@@ -6,18 +6,28 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)  # fmt: skip
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ddpo.menagerie import scenes
 
 WEIGHTS = Path(__file__).parent / "weights"
+FLOW_WEIGHTS = Path(__file__).parent / "weights-flow"
 CONTEXT = 20  # tokens in a prompt
 WIDTH = 128  # of the text encoder
+SECOND_WIDTH = 64  # of the flow model's second one
 PADDING = {"padding": "max_length", "max_length": CONTEXT, "truncation": True, "return_tensors": "pt"}
 
 
@@ -73,14 +83,34 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(_text(WIDTH, layers=3))
+
+
+def _text(width: int, layers: int) -> CLIPTextConfig:
     words = tokenizer()
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=CONTEXT, projection_dim=WIDTH, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+    return CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, max_position_embeddings=CONTEXT, projection_dim=width, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )  # fmt: skip
+
+
+def transformer() -> SD3Transformer2DModel:
+    """Stable Diffusion 3's kind: pictures and words attend to each other, side by side."""
+    return SD3Transformer2DModel(
+        sample_size=scenes.SIZE // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=32,
+        num_attention_heads=5, caption_projection_dim=160, joint_attention_dim=WIDTH + SECOND_WIDTH,
+        pooled_projection_dim=WIDTH + SECOND_WIDTH, pos_embed_max_size=scenes.SIZE // 8, qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def flow_text_encoders() -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
+    """The first in the shape of the SD model's, to begin with its weights."""
+    return CLIPTextModelWithProjection(_text(WIDTH, layers=3)), CLIPTextModelWithProjection(_text(SECOND_WIDTH, layers=2))
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
 def clip_config() -> dict:
@@ -115,3 +145,16 @@ def save(folder: Path, vae: nn.Module, unet: nn.Module, text_encoder: nn.Module,
     save_file({k: v.half().contiguous() for k, v in clip.state_dict().items()}, out / "open_clip_model.safetensors")
     (out / "open_clip_config.json").write_text(json.dumps(clip_config(), indent=2) + "\n")
     tokenizer().save_pretrained(out)
+
+
+def save_flow(
+    folder: Path, vae: AutoencoderKL, transformer: nn.Module, text_encoder: nn.Module, text_encoder_2: nn.Module
+) -> None:
+    """Write the diffusers pipeline, without a T5, in half precision."""
+    words = tokenizer()
+    vae.register_to_config(shift_factor=0.0, _name_or_path="")  # SD 3's pipeline adds the shift; a folder's name is nobody's
+    pipe = StableDiffusion3Pipeline(
+        vae=vae, transformer=transformer, text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=None,
+        tokenizer=words, tokenizer_2=words, tokenizer_3=None, scheduler=flow_scheduler(),
+    )  # fmt: skip
+    pipe.to(torch.float16).save_pretrained(folder)

@@ -7,13 +7,17 @@ Three stages, each resumable (run the same command again), in bfloat16 on a CPU 
     unet  UNet and CLIP text encoder together, epsilon-prediction on SD's scaled-linear schedule
 
 The result is a diffusers StableDiffusionPipeline folder and an open_clip folder in half precision, at most 24 MB.
-`python -m ddpo.menagerie.quality` measures it.
+With `--flow`, a model of the other kind from the first one's VAE and text encoder, StableDiffusion3Pipeline, at most 12 MB:
+
+    flow  SD3's transformer and its two CLIP text encoders, by rectified flow
+
+`python -m ddpo.menagerie.quality` measures them.
 """
 
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,93 +25,17 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextModel
 
 from ddpo.menagerie import architecture, scenes
-from ddpo.noise import generator
+from ddpo.menagerie.fit import SEED, Fit
 
-SEED = 1
-STEPS = {"vae": 3_800, "clip": 1_500, "unet": 10_000}
+STEPS = {"vae": 3_800, "clip": 1_500, "unet": 10_000, "flow": 8_000}
 PICTURES = 48_000
-
-
-class Fit:
-    """One stage: AdamW with warm-up and cosine decay, an average of the weights, and checkpoints to resume from.
-
-    The randomness of step i belongs to (SEED, stage, i), so an interrupted stage ends as an uninterrupted one would.
-    """
-
-    def __init__(self, name: str, module: nn.Module, steps: int, lr: float, work: Path, device: str):
-        self.name, self.module, self.steps, self.lr, self.device = name, module, steps, lr, device
-        self.path = work / f"{name}.safetensors"
-        module.to(device).train()
-        self.params = dict(module.named_parameters())
-        self.average = {k: p.detach().clone() for k, p in self.params.items()}
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.step = self._resume()
-
-    def run(self, loss: Callable[[torch.Generator], Tensor]) -> None:
-        """Train to the end and leave the averaged weights in the module."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as progress:
-            task = progress.add_task(self.name, total=self.steps, completed=self.step)
-            smooth = None
-            for step in range(self.step, self.steps):
-                value = self._update(step, loss(generator(SEED, self.name, step)))
-                smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
-                progress.update(task, advance=1, description=f"{self.name} loss {smooth:.4f}")
-                if (step + 1) % 100 == 0:
-                    if not progress.console.is_terminal:
-                        print(f"{self.name} {step + 1}/{self.steps} loss {smooth:.4f}", flush=True)
-                    self._save(step + 1)
-        with torch.no_grad():
-            for k, p in self.params.items():
-                p.copy_(self.average[k])
-        self.module.eval().requires_grad_(False)
-
-    def _update(self, step: int, loss: Tensor) -> float:
-        warm, left = min(1.0, (step + 1) / 200), 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)).item())
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * max(left, 0.01)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.params.values(), 1.0)
-        self.optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - decay)
-        return loss.item()
-
-    def _save(self, step: int) -> None:
-        tensors = {f"now/{k}": p.detach() for k, p in self.params.items()} | {f"mean/{k}": v for k, v in self.average.items()}
-        tensors |= {f"buffer/{k}": v for k, v in self.module.named_buffers()}  # batch norm's statistics
-        for k, p in self.params.items():
-            tensors |= {f"adam/{k}/{field}": v for field, v in self.optimizer.state[p].items()}
-        partial = self.path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"step": str(step)})
-        partial.replace(self.path)
-
-    def _resume(self) -> int:
-        if not self.path.exists():
-            return 0
-        tensors = load_file(self.path, self.device)
-        with torch.no_grad():
-            for k, v in self.module.named_buffers():
-                v.copy_(tensors[f"buffer/{k}"])
-            for k, p in self.params.items():
-                p.copy_(tensors[f"now/{k}"])
-                self.average[k].copy_(tensors[f"mean/{k}"])
-                self.optimizer.state[p] = {f: tensors[f"adam/{k}/{f}"] for f in ("step", "exp_avg", "exp_avg_sq")}
-        return int(next(iter(self.optimizer.state.values()))["step"].item())
 
 
 class Pool:
@@ -209,41 +137,89 @@ def train_clip(pool: Pool, vae: AutoencoderKL, steps: int, work: Path, device: s
 
 
 def train_unet(pool: Pool, vae: AutoencoderKL, steps: int, work: Path, device: str) -> tuple[nn.Module, nn.Module]:
-    unet, text_encoder, tokenizer = architecture.unet(), architecture.text_encoder(), architecture.tokenizer()
+    unet, text_encoder = architecture.unet(), architecture.text_encoder()
     unet.compile()
     text_encoder.compile()
     fit = Fit("unet", nn.ModuleList([unet, text_encoder]), steps, 1.5e-3, work, device)
-    latents = _encode(vae, pool, torch.arange(len(pool.scenes)), device) * vae.config.scaling_factor
+    batch = Captioned(pool, vae, device)
     abar = architecture.scheduler().alphas_cumprod.to(device)
-    full = tokenizer([s.caption for s in pool.scenes], **architecture.PADDING).input_ids
-    plain = tokenizer([s.subject for s in pool.scenes], **architecture.PADDING).input_ids
-    empty = tokenizer([""], **architecture.PADDING).input_ids
 
     def loss(g: torch.Generator) -> Tensor:
-        rows = pool.rows(64, g)
-        kind = torch.rand(64, 1, generator=g)  # one caption in ten is empty (guidance needs it), one in twelve names no colour
-        ids = torch.where(kind < 0.1, empty, torch.where(kind < 0.18, plain[rows], full[rows])).to(device)
-        t = ((torch.arange(64) + torch.rand(64, generator=g)) / 64 * 1000).long().to(device)  # stratified
-        a, x0 = abar[t].view(-1, 1, 1, 1), latents[rows]
+        x0, ids = batch(64, g)
+        t = (_stratified(64, g) * 1000).long().to(device)
+        a = abar[t].view(-1, 1, 1, 1)
         eps = torch.randn(x0.shape, generator=g).to(device)
         with torch.autocast(device, torch.bfloat16):
             out = unet(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, text_encoder(ids).last_hidden_state).sample
-        error = out.float() - eps
-        # Coarse errors count extra. Without this the flat background, which is one number in 256, would be learned last:
-        # SD's schedule keeps some signal at the last step, and black pictures come out gray.
-        fine = error.square().mean((1, 2, 3))
-        coarse = [n * n / 64 * F.avg_pool2d(error, n).square().mean((1, 2, 3)) for n in (4, 16)]
         snr = a.flatten() / (1 - a.flatten())
-        return ((fine + sum(coarse)) * snr.clamp(max=5) / snr).mean()
+        return (_squared(out.float() - eps) * snr.clamp(max=5) / snr).mean()
 
     fit.run(loss)
     return unet, text_encoder
 
 
+def train_flow(
+    pool: Pool, folder: Path, steps: int, work: Path, device: str
+) -> tuple[AutoencoderKL, nn.Module, nn.Module, nn.Module]:
+    """The flow model's (VAE, transformer, text encoder, text encoder), from the SD model in `folder`."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval().to(device)
+    transformer, texts = architecture.transformer(), architecture.flow_text_encoders()
+    known = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, use_safetensors=True)
+    texts[0].text_model.load_state_dict(known.state_dict())
+    nn.init.eye_(texts[0].text_projection.weight)
+    for module in (transformer, *texts):
+        module.compile()
+    fit = Fit("flow", nn.ModuleList([transformer, *texts]), steps, 1.5e-3, work, device)
+    batch = Captioned(pool, vae, device)
+
+    def loss(g: torch.Generator) -> Tensor:
+        x0, ids = batch(64, g)
+        t = _stratified(64, g).to(device)
+        eps, s = torch.randn(x0.shape, generator=g).to(device), t.view(-1, 1, 1, 1)
+        with torch.autocast(device, torch.bfloat16):
+            seen = [text(ids, output_hidden_states=True) for text in texts]
+            words, pooled = (torch.cat(v, -1) for v in ([o.hidden_states[-2] for o in seen], [o.text_embeds for o in seen]))
+            out = transformer((1 - s) * x0 + s * eps, words, pooled, 1000 * t).sample
+        return _squared(out.float() - (eps - x0)).mean()
+
+    fit.run(loss)
+    return vae, transformer, *texts
+
+
+class Captioned:
+    """The pool's latents, and captions of which one in ten is empty (guidance needs it) and one in twelve names no colour."""
+
+    def __init__(self, pool: Pool, vae: AutoencoderKL, device: str):
+        tokenizer, self.pool, self.device = architecture.tokenizer(), pool, device
+        self.latents = _encode(vae, pool, torch.arange(len(pool.scenes)), device) * vae.config.scaling_factor
+        self.full = tokenizer([s.caption for s in pool.scenes], **architecture.PADDING).input_ids
+        self.plain = tokenizer([s.subject for s in pool.scenes], **architecture.PADDING).input_ids
+        self.empty = tokenizer([""], **architecture.PADDING).input_ids
+
+    def __call__(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(n, 4, 16, 16) latents and (n, tokens) ids."""
+        rows, kind = self.pool.rows(n, g), torch.rand(n, 1, generator=g)
+        ids = torch.where(kind < 0.1, self.empty, torch.where(kind < 0.18, self.plain[rows], self.full[rows]))
+        return self.latents[rows], ids.to(self.device)
+
+
+def _stratified(n: int, g: torch.Generator) -> Tensor:
+    """(n,) in [0, 1), one from each of n equal stretches."""
+    return (torch.arange(n) + torch.rand(n, generator=g)) / n
+
+
+def _squared(error: Tensor) -> Tensor:
+    """(B,) mean square error, coarse errors counted extra. Without this the flat background, which is one number in 256,
+    would be learned last: SD's schedule keeps some signal at the last step, and black pictures come out gray."""
+    fine = error.square().mean((1, 2, 3))
+    return fine + sum(n * n / 64 * F.avg_pool2d(error, n).square().mean((1, 2, 3)) for n in (4, 16))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/menagerie"), help="checkpoints and pictures, to resume from")
-    parser.add_argument("--out", type=Path, default=architecture.WEIGHTS, help="where the finished model goes")
+    parser.add_argument("--out", type=Path, help="where the finished model goes, instead of into the package")
+    parser.add_argument("--flow", action="store_true", help="make the flow model, from the finished other one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps")
     args = parser.parse_args()
@@ -253,11 +229,15 @@ def main() -> None:
     pool = Pool(PICTURES, args.work, args.device)
     # On a CPU the fused attention's backward pass costs more, at 64 tokens, than attention written out.
     with sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
-        vae = train_vae(pool, steps["vae"], args.work, args.device)
-        clip = train_clip(pool, vae, steps["clip"], args.work, args.device)
-        unet, text_encoder = train_unet(pool, vae, steps["unet"], args.work, args.device)
-    architecture.save(args.out, vae, unet, text_encoder, clip)
-    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*')) / 1e6:.1f} MB")
+        if args.flow:
+            out = args.out or architecture.FLOW_WEIGHTS
+            architecture.save_flow(out, *train_flow(pool, architecture.WEIGHTS, steps["flow"], args.work, args.device))
+        else:
+            out = args.out or architecture.WEIGHTS
+            vae = train_vae(pool, steps["vae"], args.work, args.device)
+            clip = train_clip(pool, vae, steps["clip"], args.work, args.device)
+            architecture.save(out, vae, *train_unet(pool, vae, steps["unet"], args.work, args.device), clip)
+    print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*')) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
