@@ -51,7 +51,7 @@ def main() -> None:
     acting, (reward, _) = recipe.rollout, rubrics(recipe.rewards, [], recipe.objective)
     policy = Policy(recipe.model.build(), recipe.lora, acting.guidance)
     policy.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    known = prompts.load(recipe.prompts.train)
+    known = prompts.load(recipe.source)
     order = permutation(len(known), recipe.run.seed, "gradient_signal")
     per_batch: list[dict[int, Tensor]] = []
     for batch in range(given.batches):

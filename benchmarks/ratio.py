@@ -42,7 +42,7 @@ def main() -> None:
         acting, clip = recipe.rollout, recipe.algorithm.options["clip"]
         policy = Policy(recipe.model.build(), recipe.lora, acting.guidance)
         policy.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-        texts = [p.text for p in prompts.load(recipe.prompts.train)[: acting.batch_size]]
+        texts = [p.text for p in prompts.load(recipe.source)[: acting.batch_size]]
         addresses: list[Address] = [(recipe.run.seed, "ratio", i) for i in range(len(texts))]
         rollout = collect(policy, texts, addresses, acting.solver.build(), acting.num_steps, acting.batch_size, True)
         rollout.advantages = torch.zeros(len(texts), device=policy.family.device)

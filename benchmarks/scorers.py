@@ -72,7 +72,7 @@ def overlap() -> None:
     policy = Policy(recipe.model.build(), recipe.lora, acting.guidance)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     policy.to(device)
-    deal = Deal(prompts.load(recipe.prompts.train), acting.prompts, acting.group_size, 1, 1, 0)
+    deal = Deal(prompts.load(recipe.source), acting.prompts, acting.group_size, 1, 1, 0)
     rows = deal.rows(0, 0, 0)
     addresses: list[Address] = [("benchmark", row.group, row.member) for row in rows]
 

@@ -1,6 +1,6 @@
 """The mathematics of one denoising step. Nothing here knows a network, a prompt or a reward.
 
-A noisy latent is  x_t = alpha_t * x0 + sigma_t * eps.  Families differ in alpha and sigma (their Schedule) and in what
+A noisy latent is  x_t = alpha_t * x0 + sigma_t * eps.  Families differ in alpha and sigma (ddpo/schedule.py) and in what
 the network predicts; both differences end in a Prediction. Every stochastic solver used for diffusion RL then is
 
     x_s  ~  Normal(alpha_s * x0 + c * eps,  std)            (*)
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple, Protocol
 
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 
@@ -63,91 +63,6 @@ def from_velocity(out: Tensor, x: Tensor, level: Level) -> Prediction:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schedules: the levels along the way from noise to image
-
-
-class Schedule(Protocol):
-    def level(self, t: Tensor) -> Level: ...
-
-    def times(self, num_steps: int) -> Tensor:
-        """(num_steps + 1,), falling: the times a sampler visits, the last one being the clean end."""
-        ...
-
-    def at(self, share: Tensor) -> Tensor:
-        """The times at these shares, in [0, 1), of the way from clean to noise, as training draws them."""
-        ...
-
-
-@dataclass(frozen=True)
-class VariancePreserving:
-    """Discrete DDPM schedule (SD 1.x, SD 2.x, SDXL): alpha^2 + sigma^2 = 1.
-
-    Args:
-        alphas_cumprod: (T,) alpha^2 at times 0 to T - 1.
-        final_alpha_cumprod: alpha^2 past the last time: 1 where the config says `set_alpha_to_one`, else that of time 0.
-        offset: `steps_offset` of diffusers' leading spacing.
-        trailing: diffusers' `timestep_spacing="trailing"`; else "leading".
-    """
-
-    alphas_cumprod: Tensor
-    final_alpha_cumprod: float
-    offset: int = 1
-    trailing: bool = False
-
-    def level(self, t: Tensor) -> Level:
-        known = self.alphas_cumprod.to(t.device, torch.float64)
-        abar = torch.where(t < 0, self.final_alpha_cumprod, known[t.clamp(min=0)])
-        return Level(abar.sqrt(), (1 - abar).sqrt())
-
-    def at(self, share: Tensor) -> Tensor:
-        return (share * len(self.alphas_cumprod)).long()
-
-    def times(self, num_steps: int) -> Tensor:
-        length = len(self.alphas_cumprod)
-        if not 1 <= num_steps <= length:
-            raise ValueError(f"num_steps is {num_steps}; this schedule has 1 to {length} steps")
-        if self.trailing:
-            visited = torch.arange(num_steps, 0, -1, dtype=torch.float64).mul(length / num_steps).round().long() - 1
-        else:
-            visited = torch.arange(num_steps - 1, -1, -1) * (length // num_steps) + self.offset
-        return torch.cat([visited, visited[-1:] - length // num_steps])
-
-
-@dataclass(frozen=True)
-class FlowMatching:
-    """Rectified flow (SD 3, SD 3.5): alpha = 1 - sigma, at the times of diffusers' FlowMatchEulerDiscreteScheduler.
-
-    A time is what the network is given, `length` * sigma, a float64 from `length` (noise) to 0 (clean). So level(t) is a
-    division, and holds between the times that a sampler visits too.
-
-    Args:
-        shift: moves times towards the noise: sigma = shift * u / (1 + (shift - 1) * u) (Esser et al. 2024, eq. 23).
-        length: `num_train_timesteps` of the config.
-    """
-
-    shift: Annotated[float, Gt(0)] = 3.0
-    length: Annotated[int, Ge(1)] = 1000
-
-    def level(self, t: Tensor) -> Level:
-        sigma = t.to(torch.float64) / self.length
-        return Level(1 - sigma, sigma)
-
-    def at(self, share: Tensor) -> Tensor:
-        """Shifted, as the network was trained, and never below the first of its `length` training times."""
-        return self.length * self._shifted(share.to(torch.float64).clamp(min=1 / self.length))
-
-    def times(self, num_steps: int) -> Tensor:
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; a flow takes 1 step or more")
-        least = self._shifted(torch.tensor(1 / self.length, dtype=torch.float64))
-        u = torch.linspace(1, least.item(), num_steps, dtype=torch.float64)  # diffusers shifts this end twice
-        return torch.cat([self.length * self._shifted(u), torch.zeros(1, dtype=torch.float64)])
-
-    def _shifted(self, u: Tensor) -> Tensor:
-        return u / (u + (1 - u) / self.shift)  # eq. 23 in a form that is exactly 1 at 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Solvers: (level now, level next) -> (c, std) of (*)
 
 
@@ -183,6 +98,39 @@ class DDIM:
         std = self.eta * then.sigma * (1 - kept**2).clamp(min=0).sqrt()
         std = torch.where(now.sigma >= self.min_sigma, std, 0.0)
         return (then.sigma**2 - std**2).clamp(min=0).sqrt(), std
+
+
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", alg. 2): the ODE at second order, in as few as eight to fifteen steps.
+
+    A step of it is the ODE's from a belief that is extrapolated from the last two; the first and the last step are of first
+    order. As a step depends on the one before it, it cannot be taken again by itself: algorithms on trajectories refuse it.
+    """
+
+    stochastic = False
+
+    def __call__(self, now: Level, then: Level) -> tuple[Tensor, Tensor]:
+        return then.sigma, torch.zeros_like(then.sigma)
+
+    def lean(self, pred: Prediction, now: Level, then: Level, last: tuple[Prediction, Level] | None) -> Prediction:
+        """The belief to take a step from.
+
+        Args:
+            pred: at `now`.
+            last: what was believed a step before, and at which level; None for a step of first order.
+        """
+        if last is None:
+            return pred
+        before, level = last
+        rate = (_log_snr(then) - _log_snr(now)) / (_log_snr(now) - _log_snr(level)) / 2
+        change = _spread(rate, pred.x0) * (pred.x0 - before.x0)
+        return Prediction(pred.x0 + change, pred.eps - _spread(now.alpha / now.sigma, pred.x0) * change)  # the same x_t
+
+
+def _log_snr(level: Level) -> Tensor:
+    """Half of it: log(alpha / sigma)."""
+    return level.alpha.log() - level.sigma.log()
 
 
 @dataclass(frozen=True)
@@ -246,6 +194,29 @@ class DanceSDE:
 
     def __call__(self, now: Level, then: Level) -> tuple[Tensor, Tensor]:
         return _sde_step(self, torch.full_like(now.sigma, self.eta**2), now, then)
+
+
+@dataclass(frozen=True)
+class Within:
+    """A solver inside a window of noise levels, and the ODE outside, which adds no noise (Li et al. 2025, "MixGRPO").
+
+    Args:
+        solver: any.
+        lowest, highest: a step that starts at a noise level in (lowest, highest] is the solver's.
+    """
+
+    solver: Solver
+    lowest: float
+    highest: float
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver.stochastic
+
+    def __call__(self, now: Level, then: Level) -> tuple[Tensor, Tensor]:
+        c, std = self.solver(now, then)
+        inside = (now.sigma > self.lowest) & (now.sigma <= self.highest)
+        return torch.where(inside, c, then.sigma), torch.where(inside, std, 0.0)
 
 
 def _sde_step(solver: Solver, g2: Tensor, now: Level, then: Level) -> tuple[Tensor, Tensor]:

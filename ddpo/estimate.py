@@ -4,14 +4,14 @@ and no numbers.
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -38,12 +38,13 @@ class Need:
         return self.weights + max(self.acting, self.learning)
 
 
-def need(policy: Policy, batch_size: int, micro_batch: int) -> Need:
+def need(policy: Policy, batch_size: int, micro_batch: int, through_decoder: bool = False) -> Need:
     """Walk once through acting and once through learning.
 
     Args:
         policy: over an outline: a family whose networks are on the meta device (`Family.outline`).
         batch_size, micro_batch: pictures at a time in acting, in learning.
+        through_decoder: whether learning goes through the decoder to the pictures, as reward gradients do.
     """
     family, passes = policy.family, 1 if policy.guidance == 1 else 2
     trained = sum(w.numel() for w in policy.weights.values())
@@ -57,13 +58,19 @@ def need(policy: Policy, batch_size: int, micro_batch: int) -> Need:
     with torch.no_grad():
         act_flops, acting = _walk(family, lambda: denoise(batch_size * passes))
         _, decoding = _walk(family, lambda: family.decode(torch.empty(batch_size, *family.latent_shape, device="meta")))
-    learn_flops, learning = _walk(family, lambda: denoise(micro_batch * passes).square().mean().backward())
+
+    def learn() -> None:
+        out = denoise(micro_batch * passes)
+        (family.decode(out[:micro_batch]) if through_decoder else out).square().mean().backward()
+
+    learn_flops, learning = _walk(family, learn)
     return Need(weights, max(acting, decoding), learning, act_flops / batch_size, learn_flops / micro_batch)
 
 
 def _walk(family: Family, act: Callable[[], object]) -> tuple[float, int]:
     """(floating-point operations, most bytes alive at a time)."""
-    with FlopCounterMode(display=False) as flops, _Alive() as alive, _as_on_a_gpu(family.dtype):
+    networks = (family.network, *family.helpers)
+    with FlopCounterMode(display=False) as flops, _Alive(networks) as alive, _as_on_a_gpu(family.dtype):
         act()
     return flops.get_total_flops(), alive.peak
 
@@ -85,11 +92,14 @@ def _as_on_a_gpu(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
+    """Adds up the storages that operations make, until they are freed. Those of the networks' weights were there before: an
+    operation that looks at one another way makes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet(
+            p.untyped_storage() for network in networks for p in network.parameters()
+        )
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -18,8 +18,8 @@ from ddpo.meters import to_float, to_json
 from ddpo.noise import generator, normal
 from ddpo.policy import Policy
 from ddpo.prompts import Prompt
-from ddpo.recipe import Evaluating
 from ddpo.rollout import Rollout, collect
+from ddpo.sections import Evaluating
 from rewards import Rubric
 
 

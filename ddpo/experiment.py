@@ -5,111 +5,29 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import yaml
 
-from ddpo import export, jsonl, prompts, report
+from ddpo import export, jsonl, offline, prompts, report
 from ddpo.checkpoint import latest, run_lock, write_json
 from ddpo.checkpoint import load as load_checkpoint
-from ddpo.config import Component, Config, In, dump, load
+from ddpo.config import Config, dump, load
 from ddpo.diffusion import DDIM
 from ddpo.durable import FileError
 from ddpo.noise import Address
-from ddpo.policy import LoRA, Policy
-from ddpo.recipe import Acting, Evaluating, Learning, Prompts, Run
-from ddpo.rewarding import Objective, Scorer, Scoring, part, rubrics
+from ddpo.policy import Policy
+from ddpo.recipe import Recipe
+from ddpo.rewarding import Scoring, rubrics
 from ddpo.rollout import collect
 
 VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "pillow"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A whole config file."""
-
-    model: Annotated[Component, In("ddpo.models")]
-    prompts: Prompts
-    rollout: Acting
-    algorithm: Annotated[Component, In("ddpo.algorithms")]
-    advantage: Annotated[Component, In("ddpo")]
-    rewards: list[Scorer]
-    held_out_rewards: list[Scorer] = field(default_factory=list)
-    run: Run = field(default_factory=Run)
-    lora: LoRA = field(default_factory=LoRA)
-    optimizer: Learning = field(default_factory=Learning)
-    evaluation: Evaluating = field(default_factory=Evaluating)
-    objective: Objective = field(default_factory=Objective)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Options that are right by themselves and cannot go together."""
-        for key in ("train", "held_out"):
-            try:
-                prompts.load(getattr(self.prompts, key))
-            except (prompts.PromptError, OSError) as e:
-                yield f"prompts.{key}", str(e)
-        if not self.rewards:
-            yield "rewards", "there is none; name at least one, such as {name: jpeg:Compressibility}"
-        algorithm, solver, advantage = self.algorithm.build(), self.rollout.solver.build(), self.advantage.build()
-        if refusal := algorithm.refusal(solver):
-            yield "rollout.solver", refusal
-        for named, chosen in ((self.algorithm, algorithm), (self.advantage, advantage)):
-            if self.rollout.group_size < chosen.smallest_group:
-                yield (
-                    "rollout.group_size",
-                    f"is {self.rollout.group_size}; {named.name} compares pictures of one prompt and needs at least "
-                    f"{chosen.smallest_group}: raise it, or use algorithm: {{name: ddpo:DDPO}} with "
-                    "advantage: {name: advantage:PerPrompt}",
-                )
-                break
-        if algorithm.on_policy and self.optimizer.updates * self.optimizer.epochs > 1:
-            yield (
-                "optimizer.updates",
-                f"{self.algorithm.name} is right for the first update of a rollout only; set optimizer.updates=1 and "
-                "optimizer.epochs=1, or use algorithm: {name: ddpo:DDPO}",
-            )
-        for i, component in enumerate(self.held_out_rewards):
-            if component.extra.floor is not None:
-                yield (
-                    f"held_out_rewards.{i}.floor",
-                    "only watched; move it to rewards, where weight: 0 makes it a floor and no more",
-                )
-        yield from self._scorers()
-
-    def _scorers(self) -> Iterator[tuple[str, str]]:
-        """What scorers say of their options. Last, for some import their library to know."""
-        for key in ("rewards", "held_out_rewards"):
-            for i, component in enumerate(getattr(self, key)):
-                try:
-                    part(component)
-                except (ValueError, OSError, ImportError) as e:
-                    yield f"{key}.{i}", str(e)
-
-    def shares(self, processes: int) -> Iterator[tuple[str, str]]:
-        """What does not divide: groups by updates and processes, and their pictures by batches."""
-        parts = self.optimizer.updates * processes
-        if self.rollout.prompts % parts:
-            yield (
-                "rollout.prompts",
-                f"is {self.rollout.prompts}; it must be a multiple of optimizer.updates x processes = {self.optimizer.updates} x "
-                f"{processes} = {parts}, because a prompt group stays on one process: use {-(-self.rollout.prompts // parts) * parts}",
-            )
-            return
-        update = self.rollout.images // parts
-        for key, size, rows in (
-            ("rollout.batch_size", self.rollout.batch_size, self.rollout.images // processes),
-            ("optimizer.micro_batch", self.optimizer.micro_batch, update),
-        ):
-            if size < rows and rows % size:
-                fitting = [n for n in range(1, size + 1) if rows % n == 0]
-                yield key, f"is {size}; each process has {rows} pictures for it, which it must divide: use {fitting[-1]}"
 
 
 def read(path: str, overrides: list[str], processes: int) -> Config[Recipe]:
@@ -141,7 +59,7 @@ def run(recipe: Recipe, words: list[str]) -> int:
             trainer, last = _train(recipe, folder, accelerator, display)
             if record:
                 _finish(folder, trainer.policy, last, record, display)
-    except (TrainingError, FileError, RewardError, ModelError, ImportError) as e:
+    except (TrainingError, FileError, RewardError, ModelError, offline.PictureError, ImportError) as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         if record:
             record.write("failed", str(e))
@@ -176,7 +94,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Any, display: Any) -> tupl
     """Load the model and the scorers, and train."""
     from ddpo.trainer import Task, Trainer
 
-    train, held_out = prompts.load(recipe.prompts.train), prompts.load(recipe.prompts.held_out)
+    train, held_out = recipe.training_prompts(), prompts.load(recipe.prompts.held_out)
     trained, watched = rubrics(recipe.rewards, recipe.held_out_rewards, recipe.objective)
     with closing(trained), closing(watched):
         for rubric in (trained, watched):  # before the model: what is missing is told sooner
@@ -203,8 +121,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         incidental = {f.name for f in fields(Scoring)} - {"weight", "floor"}
         for key in (*incidental, *getattr(scorer.factory, "incidental", ())):
             said.pop(key, None)
+    del settings["rollout"]["pictures"]  # its content is in prompts.train
     settings["run"] = {"seed": recipe.run.seed}
-    settings["prompts"] = {"train": prompts.digest(recipe.prompts.train)}
+    settings["prompts"] = {"train": prompts.digest(recipe.source)}
     return _flat(settings)
 
 
@@ -247,7 +166,7 @@ class Record:
             "held_out_rewards": [c.name for c in recipe.held_out_rewards],
             "prompts": {
                 key: {"path": source, "sha256": prompts.digest(source)}
-                for key, source in (("train", recipe.prompts.train), ("held_out", recipe.prompts.held_out))
+                for key, source in (("train", recipe.source), ("held_out", recipe.prompts.held_out))
             },
             "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS},
             "world_size": processes,

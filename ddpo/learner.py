@@ -7,11 +7,12 @@ from accelerate import Accelerator
 
 from ddpo import evaluate
 from ddpo.algorithms import Algorithm
+from ddpo.critic import Critic, Lesson, explained_variance, with_advantages
 from ddpo.meters import Seen
 from ddpo.noise import Address, generator
 from ddpo.policy import Policy
-from ddpo.recipe import Learning
 from ddpo.rollout import Rollout
+from ddpo.sections import Learning
 
 LARGEST_LOG_RATIO = 1e-4  # before the first update, averaged over a latent's elements
 
@@ -21,12 +22,17 @@ class TrainingError(RuntimeError):
 
 
 class Learner:
-    """The optimizer and what feeds it. All processes hold the same weights and take the same steps."""
+    """The optimizer and what feeds it. All processes hold the same weights and take the same steps.
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, settings: Learning, accelerator: Accelerator):
+    Args:
+        seed: of the first weights of the algorithm's critic, if it has one.
+    """
+
+    def __init__(self, policy: Policy, algorithm: Algorithm, settings: Learning, accelerator: Accelerator, seed: int = 0):
         self.policy, self.algorithm, self.settings, self.accelerator = policy, algorithm, settings, accelerator
         self.weights = list(policy.weights.values())
         self.optimizer = settings.build(self.weights)
+        self.critic = algorithm.critic(policy.family, seed)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=policy.family.dtype == torch.float16)
 
     def rows(self, images: int) -> int:
@@ -41,50 +47,95 @@ class Learner:
             acted_in: the batch size that the rollout was collected in.
             advance: told the number of pictures after each optimizer step.
         """
-        batches = torch.arange(len(rollout)).chunk(self.settings.updates)
-        size = min(self.settings.micro_batch, len(batches[0]))
-        if self.policy.family.dtype != torch.float32 and size != acted_in and self.algorithm.needs_trajectory:
-            rollout.recompute_log_probs(self.policy, size)
+        everything = torch.arange(len(rollout)).chunk(self.settings.updates)
+        size = min(self.settings.micro_batch, len(everything[0]))
+        batches = [rows[self._teaches(rollout)[rows]] for rows in everything]
+        if self.policy.family.dtype != torch.float32 and self.algorithm.needs_density:
+            together = [rows[part] for rows in batches for part in self.algorithm.together(rollout[rows], size)]
+            if any(len(rows) != acted_in for rows in together):
+                rollout.recompute_log_probs(self.policy, together)
         seen = Seen()
+        lesson = None
+        if self.critic is not None:  # it judges before it has seen how these pictures were rewarded
+            lesson = self.critic.study(rollout)
+            rollout = with_advantages(rollout, lesson)
         for epoch in range(self.settings.epochs):
             for update, rows in enumerate(batches):
                 draw = generator(*address, epoch, update)
-                count = self._accumulate(rollout[rows], size, draw, seen, first=epoch == update == 0)
-                seen.add({"grad_norm": self._step(count / len(rows))})
-                advance(len(rows))
+                share = len(everything[update])
+                count = self._accumulate(rollout[rows], share, size, draw, seen, first=epoch == update == 0)
+                seen.add({"grad_norm": self._step(count / share)})
+                advance(share)
+        if self.critic is not None and lesson is not None:
+            seen.add(self._teach(self.critic, lesson, size))
         seen.add({"kl/step_nats": self._measure_kl(rollout, size)})
         return seen.averages(lambda values: self.accelerator.gather(values.to(self.accelerator.device)).cpu())
 
-    def _accumulate(self, batch: Rollout, size: int, draw: torch.Generator, seen: Seen, first: bool) -> int:
-        """Gradients of the summed loss over len(batch); returns how many rows of views they were summed over."""
+    def _teaches(self, rollout: Rollout) -> torch.Tensor:
+        """(N,) bool: the rows to learn from. Those of groups that were all alike would only pull towards what is."""
+        assert rollout.advantages is not None
+        return rollout.advantages.isfinite().cpu() | self.algorithm.needs_gradient
+
+    def _accumulate(self, batch: Rollout, share: int, size: int, draw: torch.Generator, seen: Seen, first: bool) -> int:
+        """Gradients of the summed loss over `share`; returns how many rows of views they were summed over."""
         count = 0
+        if not len(batch):
+            return 0
         for view in self.algorithm.views(batch, size, draw):
             loss, metrics = self.algorithm.loss(self.policy, view)
             if first and "log_ratio" in metrics:
                 _demand_ratio_one(metrics["log_ratio"])
-            self.scaler.scale(loss.sum() / len(batch)).backward()
+            self.scaler.scale(loss.sum() / share).backward()
             count += len(view)
             seen.add(metrics)
         return count
 
     def _step(self, weight: float) -> float:
-        """Add up all processes' gradients, divide by the global count, and take one optimizer step. Returns the norm."""
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.weights])
-        everywhere = self.accelerator.reduce(torch.cat([flat, flat.new_tensor([weight])]), "sum")
-        flat = everywhere[:-1] / everywhere[-1]
+        """One optimizer step on the LoRA weights, with all processes' gradients; none where there is nothing to learn from.
+        Returns the norm."""
+        flat = self._average(self.weights, weight)
+        if not flat.any():
+            self.optimizer.zero_grad()
+            return 0.0
         if not self.scaler.is_enabled() and not flat.isfinite().all():
             raise TrainingError(
                 "the gradient is not finite; nothing was updated. Lower optimizer.lr, or use model.dtype=float32 to see whether "
                 "half precision is the cause, and run the same command again"
             )
-        for p, grad in zip(self.weights, flat.split([p.numel() for p in self.weights]), strict=True):
-            p.grad = grad.view_as(p)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         return norm.item()
+
+    def _average(self, weights: list[torch.nn.Parameter], weight: float) -> torch.Tensor:
+        """Add up all processes' gradients and divide by the global count. Returns them flat."""
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in weights])
+        everywhere = self.accelerator.reduce(torch.cat([flat, flat.new_tensor([weight])]), "sum")
+        flat = everywhere[:-1] / everywhere[-1].clamp(min=1e-12)  # zero where no process has a row to learn from
+        for p, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+            p.grad = grad.view_as(p)
+        return flat
+
+    def _teach(self, critic: Critic, lesson: Lesson, size: int) -> dict[str, float]:
+        """Fit the critic in the policy's batches. Returns what is to be said of its judgement before."""
+        for _ in range(critic.epochs):
+            for rows in torch.arange(len(lesson)).chunk(self.settings.updates):
+                for part in rows.split(size):
+                    (critic.loss(lesson[part]).sum() / len(rows)).backward()
+                if not self._average(critic.weights, 1.0).isfinite().all():
+                    raise TrainingError(
+                        "the critic's gradient is not finite; lower algorithm.critic_lr and run the same command again"
+                    )
+                torch.nn.utils.clip_grad_norm_(critic.weights, self.settings.max_grad_norm)
+                critic.optimizer.step()
+                critic.optimizer.zero_grad()
+        values, targets, outcome = (self.accelerator.gather(v) for v in (lesson.values, lesson.targets, lesson.outcome))
+        return {
+            "critic/loss": (targets - values).square().nanmean().item(),
+            "critic/explained_variance": explained_variance(values, outcome),
+        }
 
     def _measure_kl(self, rollout: Rollout, size: int) -> float:
         """On a sixteenth of the pictures, eight at least."""

@@ -47,14 +47,32 @@ class Seen:
             self.values.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32).flatten())
 
     def averages(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        everywhere = {name: gather(torch.cat(values)) for name, values in self.values.items()}
-        if "log_ratio" in everywhere:
-            ratio = everywhere.pop("log_ratio").exp()
-            everywhere |= {"ratio/mean": ratio}
-            largest = {"ratio/max": ratio.max().item()}
-        else:
-            largest = {}
-        return {name: v.mean().item() for name, v in everywhere.items()} | largest
+        """Means over the rows of all processes, and the largest importance ratio. Processes may have seen other numbers of
+        rows, or none.
+
+        Args:
+            gather: (n, ...) of each process -> (processes x n, ...) of all.
+        """
+        if "log_ratio" in self.values:
+            self.values["ratio/mean"] = [v.exp() for v in self.values.pop("log_ratio")]
+        names = _union(list(self.values), gather)
+        mine = [torch.cat(self.values.get(name, [torch.empty(0)])).double().cpu() for name in names]
+        rows = [[v.sum(), len(v), v.max() if len(v) else -torch.inf] for v in mine]
+        total, count, most = gather(torch.tensor(rows, dtype=torch.float32)[None]).double().unbind(-1)
+        means = dict(zip(names, (total.sum(0) / count.sum(0)).tolist(), strict=True))
+        if "ratio/mean" in means:
+            means["ratio/max"] = most.amax(0)[names.index("ratio/mean")].item()
+        return means
+
+
+NAMES = 4096  # bytes
+
+
+def _union(names: list[str], gather: Callable[[Tensor], Tensor]) -> list[str]:
+    """The names that any process knows, sorted."""
+    said = "\n".join(names).encode().ljust(NAMES)
+    everywhere = gather(torch.tensor(list(said), dtype=torch.uint8)[None])
+    return sorted({name for row in everywhere.tolist() for name in bytes(row).decode().split()})
 
 
 def to_json(score: float) -> float | None:

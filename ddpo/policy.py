@@ -68,19 +68,20 @@ class Policy:
         self.family.to(device)
         self._selves = {name: [w.to(device) for w in kept] for name, kept in self._selves.items()}
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond, guided: bool = True) -> Prediction:
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, guidance: float | None = None) -> Prediction:
         """What the network believes about x (B, C, H, W) at time t (B,). The same call serves acting and learning.
 
         Args:
-            guided: False is the conditional belief alone, whatever the guidance.
+            guidance: scale of classifier-free guidance, 1 for the conditional belief alone; None is the policy's own.
         """
-        if self.guidance == 1.0 or not guided:
+        scale = self.guidance if guidance is None else guidance
+        if scale == 1.0:
             out = self.family.denoise(self.network, x, t, cond)
         else:
             null = {k: v.expand_as(cond[k]) for k, v in self._nothing().items()}
             both = {k: torch.cat([null[k], cond[k]]) for k in cond}
             without, out = self.family.denoise(self.network, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-            out = without + self.guidance * (out - without)
+            out = without + scale * (out - without)
         return self.family.interpret(out, x, self.family.schedule.level(t))
 
     def _nothing(self) -> Cond:

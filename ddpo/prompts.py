@@ -44,12 +44,17 @@ def load(source: str) -> list[Prompt]:
         PromptError: there is no such file or list, it is no regular file or too large, a line is not UTF-8, not JSON,
             too long or holds control characters, or there is no prompt in it.
     """
+    return [prompt for _, prompt in numbered(source)]
+
+
+def numbered(source: str) -> list[tuple[str, Prompt]]:
+    """The same, each prompt with its place, "file:line"."""
     path = _find(source)
     parse = PARSERS[path.suffix.lower()]
-    prompts: list[Prompt] = []
+    prompts: list[tuple[str, Prompt]] = []
     for number, line in _lines(path):
         try:
-            prompts.append(parse(line))
+            prompts.append((f"{path}:{number}", parse(line)))
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}:{number}: {error}") from error
         if len(prompts) > MAX_PROMPTS:

@@ -1,114 +1,159 @@
-"""A run's settings: the sections of a config file. Components bring their own options; here is what the loop itself asks."""
+"""A whole config file, and what in it cannot go together."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
-from annotated_types import Ge, Gt
-
+from ddpo import offline, prompts
 from ddpo.config import Component, In
+from ddpo.policy import LoRA
+from ddpo.prompts import Prompt
+from ddpo.rewarding import Objective, Scorer, lack_of_gradient, part
+from ddpo.sections import Acting, Evaluating, Learning, Prompts, Run
 
 
 @dataclass(frozen=True)
-class Run:
-    """Config section `run`.
+class Recipe:
+    """A whole config file."""
 
-    Args:
-        name: of the run folder under runs/; None is the config's own name and the time.
-        output: the run folder itself, instead. Running the same command again with it resumes.
-        seed: of all randomness.
-        iterations: rounds of acting and learning.
-        eval_every: iterations between evaluations; there is one before the first and one after the last.
-        save_every: iterations between checkpoints; there is one after each evaluation too.
-        threads: of each process on a CPU; None shares out all cores. Fewer where something else works beside it.
-    """
+    model: Annotated[Component, In("ddpo.models")]
+    prompts: Prompts
+    rollout: Acting
+    algorithm: Annotated[Component, In("ddpo.algorithms")]
+    advantage: Annotated[Component, In("ddpo")]
+    rewards: list[Scorer]
+    held_out_rewards: list[Scorer] = field(default_factory=list)
+    run: Run = field(default_factory=Run)
+    lora: LoRA = field(default_factory=LoRA)
+    optimizer: Learning = field(default_factory=Learning)
+    evaluation: Evaluating = field(default_factory=Evaluating)
+    objective: Objective = field(default_factory=Objective)
 
-    name: str | None = None
-    output: str | None = None
-    seed: Annotated[int, Ge(0)] = 0
-    iterations: Annotated[int, Ge(1)] = 100
-    eval_every: Annotated[int, Ge(1)] = 10
-    save_every: Annotated[int, Ge(1)] = 10
-    threads: Annotated[int, Ge(1)] | None = None
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options that are right by themselves and cannot go together."""
+        yield from self._pictures()
+        for key in ("train", "held_out"):
+            if (source := getattr(self.prompts, key)) is None:
+                continue
+            try:
+                prompts.load(source)
+            except (prompts.PromptError, OSError) as e:
+                yield f"prompts.{key}", str(e)
+        yield from self._algorithm()
+        yield from self._scorers()
 
-
-@dataclass(frozen=True)
-class Prompts:
-    """Config section `prompts`: each a .txt or .jsonl file or the name of a built-in list."""
-
-    train: str
-    held_out: str
-
-
-@dataclass(frozen=True)
-class Acting:
-    """Config section `rollout`: how pictures are made.
-
-    Args:
-        solver: the sampler.
-        num_steps: denoising steps a picture.
-        guidance: scale of classifier-free guidance, in acting and in learning; 1 is none.
-        prompts: prompt groups an iteration, over all processes.
-        group_size: pictures a group.
-        batch_size: pictures that go through the network at a time, on each process.
-    """
-
-    solver: Annotated[Component, In("ddpo")]
-    num_steps: Annotated[int, Ge(1)] = 50
-    guidance: Annotated[float, Ge(0)] = 5.0
-    prompts: Annotated[int, Ge(1)] = 8
-    group_size: Annotated[int, Ge(1)] = 8
-    batch_size: Annotated[int, Ge(1)] = 8
+    def _algorithm(self) -> Iterator[tuple[str, str]]:
+        """What the algorithm cannot learn from."""
+        algorithm, solver, advantage = self.algorithm.build(), self.rollout.solver.build(), self.advantage.build()
+        if refusal := algorithm.refusal(solver):
+            yield "rollout.solver", refusal
+        if algorithm.memoryless and self.rollout.window:
+            yield "rollout.window", f"{self.algorithm.name} needs the sampler's noise in every step; set rollout.window=null"
+        if algorithm.memoryless and self.rollout.guidance != 1:
+            yield (
+                "rollout.guidance",
+                f"is {self.rollout.guidance:g}; with guidance a path does not forget its start, which {self.algorithm.name} needs: "
+                "set rollout.guidance=1",
+            )
+        for named, chosen in ((self.algorithm, algorithm), (self.advantage, advantage)):
+            if self.rollout.group_size < chosen.smallest_group:
+                yield (
+                    "rollout.group_size",
+                    f"is {self.rollout.group_size}; {named.name} compares pictures of one prompt and needs at least "
+                    f"{chosen.smallest_group}: raise it, or use algorithm: {{name: ddpo:DDPO}} with "
+                    "advantage: {name: advantage:PerPrompt}",
+                )
+                break
+        if algorithm.needs_units and not advantage.in_units:
+            yield (
+                "advantage",
+                f"{self.algorithm.name} weighs rewards against a temperature, and {self.advantage.name} changes their unit; use "
+                '{name: "advantage:GroupRelative", scale: none}',
+            )
+        if algorithm.last_steps > self.rollout.num_steps:
+            yield "algorithm.steps", f"is {algorithm.last_steps}; it can be rollout.num_steps={self.rollout.num_steps} at most"
+        if algorithm.on_policy and self.optimizer.updates * self.optimizer.epochs > 1:
+            yield (
+                "optimizer.updates",
+                f"{self.algorithm.name} is right for the first update of a rollout only; set optimizer.updates=1 and "
+                "optimizer.epochs=1, or use algorithm: {name: ddpo:DDPO}",
+            )
 
     @property
-    def images(self) -> int:
-        """Pictures an iteration."""
-        return self.prompts * self.group_size
+    def source(self) -> str:
+        """The file or list that the prompts to train on are from."""
+        return self.rollout.pictures or self.prompts.train or ""
 
+    def training_prompts(self) -> list[Prompt]:
+        """What an iteration's groups are dealt from; of `rollout.pictures`, with their pictures."""
+        return [*offline.read(self.source)] if self.rollout.pictures else prompts.load(self.source)
 
-@dataclass(frozen=True)
-class Learning:
-    """Config section `optimizer`: AdamW on the LoRA weights.
-
-    Args:
-        lr: learning rate.
-        updates: optimizer steps an epoch; each takes an equal share of the iteration's groups.
-        epochs: times that an iteration's pictures are gone through.
-        micro_batch: rows of one backward pass, on each process; gradients add up to the whole update.
-        max_grad_norm: gradients are scaled down to this norm.
-        weight_decay: AdamW's.
-        eight_bit: keep Adam's moments in 8 bits (needs bitsandbytes and a GPU).
-    """
-
-    lr: Annotated[float, Gt(0)] = 3e-4
-    updates: Annotated[int, Ge(1)] = 1
-    epochs: Annotated[int, Ge(1)] = 1
-    micro_batch: Annotated[int, Ge(1)] = 8
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
-    weight_decay: Annotated[float, Ge(0)] = 1e-4
-    eight_bit: bool = False
-
-    def build(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """Raises ImportError, with the fix, where eight_bit is asked for and bitsandbytes is not there."""
-        if not self.eight_bit:
-            return torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay)
+    def _pictures(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with learning from pictures, or with learning from none."""
+        given, size, algorithm = self.rollout.pictures, self.rollout.group_size, self.algorithm.build()
+        if given is None:
+            if self.prompts.train is None:
+                yield "prompts.train", "missing; name prompts to draw pictures of, or pictures to learn from (rollout.pictures)"
+            return
+        if self.prompts.train not in (None, given):
+            yield "prompts.train", "is not used, for rollout.pictures brings its own prompts; set prompts.train=null"
+        if algorithm.needs_trajectory or algorithm.needs_gradient:
+            yield (
+                "rollout.pictures",
+                f"{self.algorithm.name} learns from how its own pictures are drawn, and these are drawn already; use "
+                "algorithm: {name: dpo:DiffusionDPO} or one of forward (RWR, RAFT, NFT, AWM), or set rollout.pictures=null",
+            )
         try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as e:
-            raise ImportError("optimizer.eight_bit needs bitsandbytes: pip install 'ddpo[bnb]', or set it to false") from e
-        return AdamW8bit(weights, self.lr, weight_decay=self.weight_decay)
+            smallest = min(offline.read(given), key=lambda group: len(group.pictures))
+        except (offline.PictureError, OSError) as e:
+            yield "rollout.pictures", str(e)
+            return
+        if size > len(smallest.pictures):
+            yield (
+                "rollout.group_size",
+                f"is {size}, and {smallest.pictures[0].place} is of a prompt with {len(smallest.pictures)} pictures: use "
+                f"{len(smallest.pictures)}, or add pictures",
+            )
 
+    def _scorers(self) -> Iterator[tuple[str, str]]:
+        """What scorers say of their options. Last, for some import their library to know."""
+        if not self.rewards:
+            yield "rewards", "there is none; name at least one, such as {name: jpeg:Compressibility}"
+        for i, component in enumerate(self.held_out_rewards):
+            if component.extra.floor is not None:
+                yield (
+                    f"held_out_rewards.{i}.floor",
+                    "only watched; move it to rewards, where weight: 0 makes it a floor and no more",
+                )
+        graded = self.algorithm.build().needs_gradient
+        if graded and self.objective.normalise != "none":
+            yield "objective.normalise", f"{self.algorithm.name} follows the rewards' own gradient: set it to none"
+        for key in ("rewards", "held_out_rewards"):
+            for i, component in enumerate(getattr(self, key)):
+                try:
+                    reward = part(component).reward
+                except (ValueError, OSError, ImportError) as e:
+                    yield f"{key}.{i}", str(e)
+                    continue
+                if key == "rewards" and graded and (lack := lack_of_gradient(component, reward)):
+                    learns = f"{self.algorithm.name} learns from the reward's gradient, and {component.name}"
+                    yield f"{key}.{i}", f"{learns} {lack}, or use algorithm: {{name: ddpo:DDPO}}"
 
-@dataclass(frozen=True)
-class Evaluating:
-    """Config section `evaluation`: held-out prompts, drawn by the deterministic sampler that users will run.
-
-    Args:
-        prompts: how many, spread evenly over the held-out list.
-        seeds: pictures a prompt; two at least, to measure diversity.
-        num_steps: None is rollout.num_steps.
-    """
-
-    prompts: Annotated[int, Ge(1)] = 32
-    seeds: Annotated[int, Ge(1)] = 2
-    num_steps: Annotated[int, Ge(1)] | None = None
+    def shares(self, processes: int) -> Iterator[tuple[str, str]]:
+        """What does not divide: groups by updates and processes, and their pictures by batches."""
+        parts = self.optimizer.updates * processes
+        if self.rollout.prompts % parts:
+            yield (
+                "rollout.prompts",
+                f"is {self.rollout.prompts}; it must be a multiple of optimizer.updates x processes = {self.optimizer.updates} x "
+                f"{processes} = {parts}, because a prompt group stays on one process: use {-(-self.rollout.prompts // parts) * parts}",
+            )
+            return
+        update = self.rollout.images // parts
+        for key, size, rows in (
+            ("rollout.batch_size", self.rollout.batch_size, self.rollout.images // processes),
+            ("optimizer.micro_batch", self.optimizer.micro_batch, update),
+        ):
+            if size < rows and rows % size:
+                fitting = [n for n in range(1, size + 1) if rows % n == 0]
+                yield key, f"is {size}; each process has {rows} pictures for it, which it must divide: use {fitting[-1]}"

@@ -84,3 +84,14 @@ def part(component: Component) -> Part:
     else:
         reward = component.build()
     return Part(reward, how.weight, how.floor, how.device, how.offload)
+
+
+def lack_of_gradient(component: Component, reward: Any) -> str | None:
+    """Why pictures cannot be learned from through this scorer's gradient, one by one, and the fix; None if they can."""
+    if isinstance(reward, Isolated) and getattr(component.factory, "differentiable", False):
+        return "runs in a process of its own, out of which no gradient comes: set isolate: false on it"
+    if not getattr(reward, "differentiable", False):
+        return "has none: use a reward that has (`ddpo rewards list` says which)"
+    if getattr(reward, "groupwise", False):
+        return "compares the pictures of a group, which are not all there in a micro-batch: move it to held_out_rewards"
+    return None

@@ -1,8 +1,4 @@
-"""What came of acting, and how a loss may look at it.
-
-A view is what one backward pass sees. Trajectory methods see a Transition: one denoising step that was taken. No
-algorithm sees anything else of a rollout.
-"""
+"""What came of acting. A loss looks at it through views (ddpo/views.py)."""
 
 from __future__ import annotations
 
@@ -12,55 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ddpo.diffusion import Level, Schedule, Solver, log_prob, step_mean
+from ddpo.diffusion import DDIM, DPMSolver, Level, Solver, log_prob, step_mean
 from ddpo.models import Cond
 from ddpo.noise import Address, generator, normal
 from ddpo.policy import Policy
-
-
-@dataclass
-class Transition:
-    """One step of a trajectory that was taken, x -> x_next, with the solver it was taken by. Rows are samples."""
-
-    x: Tensor
-    x_next: Tensor
-    t: Tensor
-    t_next: Tensor
-    log_prob: Tensor  # (B,) when it was taken
-    solver: Solver
-    cond: Cond
-    advantage: Tensor  # (B,)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def replay(self, policy: Policy) -> tuple[Tensor, Tensor]:
-        """(mean, std) of x_next under the policy as it is now."""
-        level = policy.family.schedule.level
-        return step_mean(policy(self.x, self.t, self.cond), level(self.t), level(self.t_next), self.solver)
-
-
-@dataclass
-class Noised:
-    """Pictures that were drawn, noised anew: what forward-process algorithms see. Rows are samples."""
-
-    x0: Tensor  # (B, C, H, W) the latent that was drawn
-    x: Tensor  # (B, C, H, W) at time t
-    t: Tensor
-    sigma: Tensor  # (B,) the noise level of t
-    cond: Cond
-    advantage: Tensor  # (B,)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def belief(self, policy: Policy, guided: bool) -> Tensor:
-        """(B, C, H, W) the clean latent, as the policy sees it now."""
-        return policy(self.x, self.t, self.cond, guided).x0
-
-    def velocity_distance(self, one: Tensor, other: Tensor) -> Tensor:
-        """(B,) the mean square distance in velocity of two beliefs about the clean latent: dv = -dx0 / sigma."""
-        return (one - other).square().flatten(1).mean(1) / self.sigma**2
+from ddpo.schedule import Schedule
+from ddpo.views import Differentiable, Noised, Tail, Transition
 
 
 @dataclass
@@ -81,7 +34,11 @@ class Rollout:
     stochastic: list[int]  # the steps that have a density
     images: Tensor  # (N, 3, height, width) uint8 on the CPU: the very pixels that are scored, saved and hashed
     solver: Solver
-    advantages: Tensor | None = None  # (N,)
+    # What the judge says, and how to ask it again
+    advantages: Tensor | None = None  # (N,), or (N, S) where each step has its own
+    rewards: Tensor | None = None  # (N,) what the advantages were made of; NaN where a picture could not be scored
+    metadata: list[dict] | None = None  # (N,) of the prompts
+    reward: Differentiable | None = None  # where the algorithm asks for it
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -94,11 +51,20 @@ class Rollout:
             self, prompts=[self.prompts[i] for i in rows], addresses=[self.addresses[i] for i in rows],
             cond_rows=pick(self.cond_rows), latents=pick(self.latents), log_probs=pick(self.log_probs), images=pick(self.images),
             advantages=None if self.advantages is None else pick(self.advantages),
+            rewards=None if self.rewards is None else pick(self.rewards),
+            metadata=None if self.metadata is None else [self.metadata[i] for i in rows],
         )  # fmt: skip
 
     def chunks(self, size: int) -> Iterator[Rollout]:
         for rows in torch.arange(len(self)).split(size):
             yield self[rows]
+
+    def groups(self) -> list[list[int]]:
+        """The rows of each prompt group: those whose addresses differ in their last part alone."""
+        rows: dict[Address, list[int]] = {}
+        for i, address in enumerate(self.addresses):
+            rows.setdefault(address[:-1], []).append(i)
+        return list(rows.values())
 
     def transition(self, step: int) -> Transition:
         """What happened at one step, for every row."""
@@ -113,34 +79,69 @@ class Rollout:
             self.log_probs[:, step],
             self.solver,
             cond,
-            self.advantages,
+            self.advantages if self.advantages.ndim == 1 else self.advantages[:, step],
         )
 
-    def noised(self, key: int, stretch: int, stretches: int, shared: bool) -> Noised:
+    def noised(self, key: int, stretch: int, stretches: int, shared: bool, lowest: float = 0.0) -> Noised:
         """Every row at a noise level drawn from one of equal stretches of the schedule, with noise of its own.
 
         Args:
             key: of the draw; rows have addresses, so it does not depend on batches or processes.
             shared: the rows of a group (addresses that differ in their last part alone) get the same level and noise.
+            lowest: share of the way from clean to noise, at its clean end, that no level is drawn from.
         """
         assert self.advantages is not None, "advantages come before learning"
         x0 = self.latents[:, -1]
         own = [a[:-1] if shared else a for a in self.addresses]
         shares = torch.stack([torch.rand((), generator=generator(*a, "level", key, stretch)) for a in own])
-        t = self.schedule.at((stretch + shares.double()) / stretches).to(x0.device)
+        share = lowest + (1 - lowest) * (stretch + shares.double()) / stretches
+        t = self.schedule.at(share).to(x0.device)
         level = self.schedule.level(t)
         x = level.noise(x0, normal([(*a, "noise", key, stretch) for a in own], x0.shape[1:], x0.device))
         cond = {k: v[self.cond_rows] for k, v in self.cond.items()}
         return Noised(x0, x, t, level.sigma.to(x0), cond, self.advantages)
 
+    def tail(self, steps: int) -> Tail:
+        """The last steps of every row, with the noise that was added, drawn again at its address."""
+        first = len(self.times) - 1 - steps
+        assert self.latents.shape[1] == len(self.times) and first >= 0, "there is no such trajectory"
+        shape, device = self.latents.shape[2:], self.latents.device
+        noise = [
+            normal([(*a, "step", step) for a in self.addresses], shape, device)
+            if step in self.stochastic
+            else torch.zeros(len(self), *shape, device=device)
+            for step in range(first, first + steps)
+        ]
+        return self._tail(self.latents[:, first], self.times[first:], torch.stack(noise), self.solver)
+
+    def renoised(self, key: int, draw: int) -> Tail:
+        """What was drawn, noised anew to where the last step begins, and that step, which adds no noise of its own.
+
+        Args:
+            key, draw: of the noise; rows have addresses, so it does not depend on batches or processes.
+        """
+        x0 = self.latents[:, -1]
+        eps = normal([(*a, "renoise", key, draw) for a in self.addresses], x0.shape[1:], x0.device)
+        x = self.schedule.level(self.times[-2:-1].to(x0.device).expand(len(self))).noise(x0, eps)
+        return self._tail(x, self.times[-2:], torch.zeros_like(x)[None], DDIM(eta=0.0))
+
+    def _tail(self, x: Tensor, times: Tensor, noise: Tensor, solver: Solver) -> Tail:
+        assert self.reward is not None, "the algorithm must say needs_gradient"
+        cond = {k: v[self.cond_rows] for k, v in self.cond.items()}
+        return Tail(x, times, noise, solver, cond, self.reward, self.prompts, self.metadata or [{} for _ in self.prompts])
+
+    def scored(self) -> Rollout:
+        """Without the rows whose picture could not be scored."""
+        return self if self.rewards is None else self[self.rewards.isfinite().nonzero()[:, 0].cpu()]
+
     @torch.no_grad()
-    def recompute_log_probs(self, policy: Policy, size: int) -> None:
-        """Replay every step in micro-batches of `size`.
+    def recompute_log_probs(self, policy: Policy, together: Sequence[Tensor]) -> None:
+        """Replay every step of these rows, each tensor's as one batch.
 
         In half precision kernels differ by batch shape. Where learning uses another shape than acting did, this keeps
         the ratio at one before the first update.
         """
-        for rows in torch.arange(len(self)).split(size):
+        for rows in together:
             chunk = self[rows]
             chunk.advantages = torch.zeros(len(chunk))
             for step in self.stochastic:
@@ -167,9 +168,7 @@ def collect(
         advance: told the number of rows after each denoising step.
         drawn: given each batch's (B, 3, height, width) uint8 images as soon as they are there, in order.
     """
-    distinct = list(dict.fromkeys(prompts))
-    cond = policy.family.encode(distinct)
-    cond_rows = torch.tensor([distinct.index(p) for p in prompts], device=policy.family.device)
+    cond, cond_rows = conditions(policy, prompts)
     times = policy.family.schedule.times(num_steps)
     parts = []
     for rows in torch.arange(len(prompts)).split(batch_size):
@@ -191,6 +190,13 @@ def collect(
         images,
         solver,
     )
+
+
+def conditions(policy: Policy, prompts: Sequence[str]) -> tuple[Cond, Tensor]:
+    """(what the network is conditioned on, once a prompt; (N,) each prompt's row of it)."""
+    distinct = list(dict.fromkeys(prompts))
+    rows = torch.tensor([distinct.index(p) for p in prompts], device=policy.family.device)
+    return policy.family.encode(distinct), rows
 
 
 def stochastic_steps(schedule: Schedule, solver: Solver, num_steps: int) -> list[int]:
@@ -217,10 +223,14 @@ def _sample(
     """
     family, device, n = policy.family, policy.family.device, len(addresses)
     x = normal([(*a, "start") for a in addresses], family.latent_shape, device)
-    latents, log_probs = [x], []
+    latents, log_probs, last = [x], [], None
     for step, (t, t_next) in enumerate(zip(times[:-1].to(device), times[1:].to(device), strict=True)):
-        t, t_next = t.expand(n), t_next.expand(n)
-        mean, std = step_mean(policy(x, t, cond), family.schedule.level(t), family.schedule.level(t_next), solver)
+        t, now, then = t.expand(n), family.schedule.level(t.expand(n)), family.schedule.level(t_next.expand(n))
+        belief = policy(x, t, cond)
+        if isinstance(solver, DPMSolver):
+            ahead = solver.lean(belief, now, then, last if step + 2 < len(times) else None)
+            belief, last = ahead, (belief, now)
+        mean, std = step_mean(belief, now, then, solver)
         x = mean + std * normal([(*a, "step", step) for a in addresses], family.latent_shape, device) if std.any() else mean
         if keep_trajectory:
             latents.append(x)

@@ -4,6 +4,7 @@ The batch is global (`ddpo.deal`), and gradients are sums divided by the global 
 All trained state is the same on every process; the main one writes it down.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddpo import checkpoint, evaluate, report
+from ddpo import checkpoint, evaluate, offline, report
+from ddpo.actor import Actor
 from ddpo.advantage import Advantage, zero_spread
 from ddpo.algorithms import Algorithm
-from ddpo.deal import Deal
-from ddpo.diffusion import Solver
+from ddpo.deal import Deal, Row, Shuffled
 from ddpo.journal import Journal
 from ddpo.judge import Hearing, Judge
 from ddpo.learner import Learner, TrainingError
@@ -26,8 +27,8 @@ from ddpo.noise import Address
 from ddpo.policy import Policy
 from ddpo.progress import Display
 from ddpo.prompts import Prompt
-from ddpo.recipe import Acting, Evaluating, Learning, Run
-from ddpo.rollout import Rollout, collect, stochastic_steps
+from ddpo.rollout import Rollout
+from ddpo.sections import Acting, Evaluating, Learning, Run
 from rewards import Rubric
 
 
@@ -59,20 +60,14 @@ class Trainer:
         self.policy, self.algorithm, self.advantage, self.task, self.settings = policy, algorithm, advantage, task, run
         self.acting = acting
         self.folder, self.identity, self.accelerator, self.display = folder, identity, accelerator, display
-        self.solver: Solver = acting.solver.build()
-        try:
-            stochastic = stochastic_steps(policy.family.schedule, self.solver, acting.num_steps)
-        except ValueError as e:  # a solver for another kind of schedule
-            raise TrainingError(str(e)) from e
-        if algorithm.needs_trajectory and not stochastic:
-            raise TrainingError(
-                f"{self.solver} adds noise to none of the {acting.num_steps} steps, so there is nothing to learn from: lower "
-                "rollout.solver.min_sigma, or raise rollout.num_steps"
-            )
-        self.deal = Deal(task.prompts, acting.prompts, acting.group_size, learning.updates, accelerator.num_processes, run.seed)
+        self.actor = Actor(policy, algorithm, acting)
+        choice = acting.choice.build() if acting.choice else Shuffled()
+        self.deal = Deal(
+            task.prompts, choice, acting.prompts, acting.group_size, learning.updates, accelerator.num_processes, run.seed
+        )
         self.probe = evaluate.Probe(task.held_out, evaluating, acting.num_steps, run.seed)
         policy.to(accelerator.device)
-        self.learner = Learner(policy, algorithm, learning, accelerator)
+        self.learner = Learner(policy, algorithm, learning, accelerator, run.seed)
         journal = Journal(folder, accelerator.process_index)
         self.judge = Judge(
             task.rewards, task.held_out_rewards, journal, accelerator.device, acting.batch_size, task.max_missing
@@ -104,17 +99,26 @@ class Trainer:
     def _iterate(self) -> dict[str, Any]:
         self.algorithm.start(self.policy, self.iteration)
         rows = self.deal.rows(self.iteration, self.salt, self.accelerator.process_index)
-        hearing = self.judge.hear(rows, self.iteration, self.salt, self.acting.group_size)
-        rollout = self._act(hearing)
-        parts = self._score(hearing)
-        texts = [row.prompt.text for row in self.deal.all_rows(self.iteration, self.salt)]
-        total = self.baseline.total(parts)
-        wanted = self.task.rewards.objective(parts, texts)
+        everyones = self.deal.all_rows(self.iteration, self.salt)
+        texts = [row.prompt.text for row in everyones]
+        parts: dict[str, Tensor] = {}
+        if self.acting.pictures:
+            rollout = self._read(rows)
+            total = wanted = offline.scores(everyones, self._address)
+        else:
+            hearing = self.judge.hear(rows, self.iteration, self.salt, self.acting.group_size)
+            rollout = self._act(hearing)
+            parts = self._score(hearing)
+            total, wanted = self.baseline.total(parts), self.task.rewards.objective(parts, texts)
         if warning := self.judge.check(wanted, texts):
             self.display.say(warning)
         advantages = self.advantage(wanted, texts)
         mine = len(rollout) * self.accelerator.process_index
-        rollout.advantages = advantages[mine : mine + len(rollout)].to(self.accelerator.device)
+        own = slice(mine, mine + len(rollout))
+        rollout.advantages, rollout.rewards = (v[own].float().to(self.accelerator.device) for v in (advantages, wanted))
+        rollout.metadata = [row.prompt.metadata for row in rows]
+        if self.algorithm.needs_gradient:
+            rollout.reward = functools.partial(self.task.rewards.graded, self.task.rewards.rates(parts, texts))
         with (
             self.clock.measure("update"),
             self.display.phase(self._phase("learning"), self.learner.rows(len(rollout))) as advance,
@@ -122,6 +126,7 @@ class Trainer:
             learned = self.learner.improve(rollout, (*self._address, "views"), self.acting.batch_size, advance)
         self.algorithm.finish(self.policy, self.iteration)
         self._refresh(rollout)
+        self.deal.choice.learn(texts, wanted)
         self.iteration += 1
         self.images += self.acting.images
         return {
@@ -147,13 +152,14 @@ class Trainer:
         return f"iteration {self.iteration + 1}/{self.settings.iterations} · {doing}"
 
     def _act(self, hearing: Hearing) -> Rollout:
-        addresses: list[Address] = [(*self._address, row.group, row.member) for row in hearing.rows]
-        with self.clock.measure("rollout"), self.policy.acting_as(self.algorithm.actor):
-            with self.display.phase(self._phase("sampling"), len(addresses) * self.acting.num_steps) as advance:
-                return collect(
-                    self.policy, [row.prompt.text for row in hearing.rows], addresses, self.solver, self.acting.num_steps,
-                    self.acting.batch_size, self.algorithm.needs_trajectory, advance, hearing.add,
-                )  # fmt: skip
+        with self.clock.measure("rollout"):
+            with self.display.phase(self._phase("sampling"), len(hearing.rows) * self.acting.num_steps) as advance:
+                return self.actor.draw(hearing.rows, self._address, advance, hearing.add)
+
+    def _read(self, rows: list[Row]) -> Rollout:
+        """Pictures that exist, in the place of drawn ones."""
+        with self.clock.measure("rollout"), self.display.phase(self._phase("reading"), len(rows)) as advance:
+            return self.actor.read(rows, self._address, advance)
 
     def _score(self, hearing: Hearing) -> dict[str, Tensor]:
         """Scores of all processes' pictures, by scorer, (images,) float64 in the order of `Deal.all_rows`."""
@@ -163,7 +169,7 @@ class Trainer:
 
     def _refresh(self, rollout: Rollout) -> None:
         """Show the iteration's pictures, in the order of their groups, to the scorers that learn from them."""
-        if not self.task.rewards.learns:
+        if not self.task.rewards.learns or self.acting.pictures:
             return
         with self.clock.measure("reward"):
             rows = self.deal.all_rows(self.iteration, self.salt)
@@ -220,11 +226,14 @@ class Trainer:
         state = {
             "iteration": self.iteration, "images": self.images, "salt": self.salt, "optimizer": scalars,
             "baseline": self.baseline.state(), "flat": self.judge.flat, "rewards": multipliers, "advantage": self.advantage.state(),
+            "choice": self.deal.choice.state(),
             "scaler": self.learner.scaler.state_dict(),
             "seconds": self.clock.total(),
         }  # fmt: skip
         tensors = {"lora": {k: w.detach() for k, w in self.policy.weights.items()}, "optimizer": optimizer, "rewards": learned}
         tensors["selves"] = self.policy.selves()
+        if (critic := self.learner.critic) is not None:
+            tensors["critic"], tensors["critic_optimizer"], state["critic"] = critic.state()
         best = self.baseline.best
 
         def write() -> None:
@@ -263,7 +272,10 @@ class Trainer:
             checkpoint.unpack_optimizer(
                 self.learner.optimizer, list(self.policy.weights), saved.tensors["optimizer"], state["optimizer"]
             )
+            if (critic := self.learner.critic) is not None:
+                critic.load_state(saved.tensors["critic"], saved.tensors["critic_optimizer"], state["critic"])
             self.advantage.load_state(state["advantage"])
+            self.deal.choice.load_state(state["choice"])
             self.learner.scaler.load_state_dict(state["scaler"])
             self.clock.resume(state["seconds"])
             self.display.say(f"resuming after iteration {self.iteration} from {found}")

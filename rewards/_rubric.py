@@ -48,7 +48,8 @@ class Part:
         try:
             scores = self._in_pieces(name, images.to(self._home) if self.device else images, prompts, metadata)
         finally:
-            if self.offload:
+            graph = torch.is_grad_enabled() and images.requires_grad
+            if self.offload and not graph:  # which holds on to the weights where they are
                 _call(self.reward, "to", torch.device("cpu"))
         self._seconds += time.perf_counter() - start
         self._scored += len(prompts)
@@ -144,13 +145,21 @@ class Rubric:
         """
         group = [_standardised(scores[name], prompts) for name in self.parts] if self.normalise == "group" else None
         ready = dict(zip(self.parts, group, strict=True)) if group else scores
-        wanted = _sum([part.weight * ready[name] for name, part in self.parts.items()])
-        spread = _within(wanted, prompts) or 1.0
-        held = [
-            multiplier * spread / (_within(ready[name], prompts) or 1.0) * ready[name]
-            for name, multiplier in self.multipliers.items()
-        ]
-        return _sum([wanted, *held])
+        rates = self.rates(ready, prompts)
+        return _sum([rates[name] * ready[name] for name in self.parts])
+
+    def rates(self, scores: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, float]:
+        """What a point of each scorer counts in `objective`, where nothing is normalised: its weight, and its floor's share."""
+        rates = {name: part.weight for name, part in self.parts.items()}
+        spread = _within(_sum([rates[name] * scores[name] for name in rates]), prompts) or 1.0
+        for name, multiplier in self.multipliers.items():
+            rates[name] += multiplier * spread / (_within(scores[name], prompts) or 1.0)
+        return rates
+
+    def graded(self, rates: dict[str, float], images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        """(B,) float64 on the CPU: the sum of the scores times their `rates`, with a gradient to the pictures."""
+        scores = self.score(images, prompts, metadata)
+        return _sum([rate * scores[name] for name, rate in rates.items()])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Floors

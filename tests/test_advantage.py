@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ddpo.advantage import GroupRelative, PerPrompt, zero_spread
+from ddpo.advantage import GroupRelative, LeaveOneOut, PerPrompt, WinRate, zero_spread
 
 NAN = float("nan")
 PROMPTS = ["a", "a", "a", "b", "b", "b"]
@@ -26,29 +26,38 @@ def test_the_batch_scale_and_no_scale():
     torch.testing.assert_close(GroupRelative("batch", 0.0)(REWARDS, PROMPTS), centred / centred.square().mean().sqrt())
 
 
+def test_leave_one_out_is_against_the_others_and_win_rate_sees_the_order_alone():
+    torch.testing.assert_close(LeaveOneOut()(REWARDS, PROMPTS), torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]))
+    wins = WinRate()(REWARDS, PROMPTS)
+    # "a" beats 0, 1, 2 of two others; in "b" two tie and lose to the third: shares 1/4, 1/4, 1
+    torch.testing.assert_close(wins[:3], torch.tensor([-1.0, 0.0, 1.0]) / (2 / 3) ** 0.5)
+    torch.testing.assert_close(wins[3:], torch.tensor([-1.0, -1.0, 2.0]) / 2**0.5)
+    assert torch.equal(WinRate()(REWARDS**3, PROMPTS), wins)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.1, 1e6 / 3])
-def test_a_group_without_spread_has_no_advantage_at_all(scale, value):
+def test_a_group_without_spread_is_left_out(scale, value):
     rewards = torch.tensor([value] * 3 + [1.0, 2.0, 3.0], dtype=torch.float64)
     a = GroupRelative(scale)(rewards, PROMPTS)
-    assert (a[:3] == 0).all() and (a[3:] != 0).any()
+    assert a[:3].isnan().all() and a[3:].isfinite().all()
     assert zero_spread(rewards, PROMPTS) == 0.5
 
 
-@pytest.mark.parametrize("advantage", [GroupRelative(), GroupRelative("batch"), PerPrompt()])
+@pytest.mark.parametrize("advantage", [GroupRelative(), GroupRelative("batch"), LeaveOneOut(), WinRate(), PerPrompt()])
 def test_a_missing_score_is_masked_and_not_in_its_siblings_baseline(advantage):
     with_gap = REWARDS.clone()
     with_gap[1] = NAN
     a = advantage(with_gap, PROMPTS)
-    assert a[1] == 0 and a.isfinite().all()
     rest = [0, 2, 3, 4, 5]
+    assert a[1].isnan() and a[rest].isfinite().all()
     fresh = type(advantage)() if isinstance(advantage, PerPrompt) else advantage
     torch.testing.assert_close(a[rest], fresh(REWARDS[rest], [PROMPTS[i] for i in rest]))
 
 
 def test_a_group_with_one_or_no_score_teaches_nothing():
     a = GroupRelative()(torch.tensor([NAN, NAN, 6.0, NAN, NAN, NAN], dtype=torch.float64), PROMPTS)
-    assert (a == 0).all()
+    assert a.isnan().all()
 
 
 def test_integer_like_rewards_are_not_truncated():

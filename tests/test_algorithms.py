@@ -10,6 +10,7 @@ import torch
 from ddpo import diffusion as d
 from ddpo.algorithms.ddpo import DDPO, ScoreFunction
 from ddpo.rollout import collect
+from ddpo.schedule import VariancePreserving
 
 N, STEPS, TARGET = 40_000, 4, 0.7
 
@@ -22,7 +23,7 @@ class Gaussian:
         self.theta = torch.tensor(theta, requires_grad=True)
         self.selves = {"reference": torch.tensor(theta)}
         self.family = SimpleNamespace(
-            schedule=d.VariancePreserving((1 - betas).cumprod(0), float(1 - betas[0])), latent_shape=(1, 1, 1), device=torch.device("cpu"),
+            schedule=VariancePreserving((1 - betas).cumprod(0), float(1 - betas[0])), latent_shape=(1, 1, 1), device=torch.device("cpu"),
             dtype=torch.float32, encode=lambda prompts: {"none": torch.zeros(len(prompts), 1)}, decode=lambda z: z.expand(-1, 3, 1, 1),
         )  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_advantages_are_clipped():
 
 def test_a_share_of_the_steps_is_drawn_anew_and_the_deterministic_one_never():
     policy = Gaussian()
-    policy.family.schedule = d.VariancePreserving(policy.family.schedule.alphas_cumprod, 1.0)  # the last step has no noise
+    policy.family.schedule = VariancePreserving(policy.family.schedule.alphas_cumprod, 1.0)  # the last step has no noise
     rollout = rollout_of(policy, 8)
     assert rollout.stochastic == [0, 1, 2]
     assert rollout.log_probs[:, :3].isfinite().all()

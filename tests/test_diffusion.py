@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ddpo import diffusion as d
+from ddpo.schedule import VariancePreserving
 
 INTERPRET = {"epsilon": d.from_eps, "v_prediction": d.from_v}
 
@@ -16,7 +17,7 @@ def schedulers(kind="epsilon", to_one=False, spacing="leading"):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=to_one,
         steps_offset=1, prediction_type=kind, timestep_spacing=spacing,
     )  # fmt: skip
-    ours = d.VariancePreserving(theirs.alphas_cumprod, float(theirs.final_alpha_cumprod), 1, spacing == "trailing")
+    ours = VariancePreserving(theirs.alphas_cumprod, float(theirs.final_alpha_cumprod), 1, spacing == "trailing")
     return theirs, ours
 
 

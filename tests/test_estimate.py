@@ -45,3 +45,11 @@ def test_the_weights_are_those_of_the_files():
 def test_a_model_that_is_not_here_is_taken_for_stable_diffusion_1_5(tmp_path):
     family = StableDiffusion.outline(str(tmp_path / "nowhere"))
     assert family.assumed and sum(p.numel() for p in family.network.parameters()) == 859_520_964  # the UNet's published size
+
+
+def test_a_weight_that_is_looked_at_another_way_is_not_counted_again():
+    with torch.device("meta"):
+        layer, x = torch.nn.Linear(100, 50, bias=False), torch.empty(3, 100)
+    with torch.no_grad(), estimate._Alive([layer]) as alive:
+        y = x @ layer.weight.t()
+    assert alive.peak == y.nbytes

@@ -37,6 +37,10 @@ MISTAKES = {
     "groups that updates do not divide": (["rollout.prompts=9"], "use 10"),
     "pictures that batches do not divide": (["rollout.batch_size=24"], "rollout.batch_size: is 24"),
     "pictures that micro-batches do not divide": (["optimizer.micro_batch=12"], "optimizer.micro_batch: is 12"),
+    "advantages without the reward's unit": (
+        ["algorithm={name: ram}", "rollout.solver.eta=0"],
+        "advantage: ram weighs rewards against a temperature, and advantage:GroupRelative changes their unit",
+    ),
     "several updates on policy": (["algorithm={name: 'ddpo:ScoreFunction'}"], "optimizer.updates"),
     "a step size below zero": (["optimizer.lr=-1"], "optimizer.lr"),
     "an unknown reward": (["rewards.0.name=jpg"], "did you mean 'jpeg'?"),
@@ -79,7 +83,9 @@ def test_every_recipe_is_valid_and_says_what_it_was_seen_to_do(path, monkeypatch
     assert f"configs/{path.name}" in head and ("UNTESTED" in head or "Measured" in head)
 
 
-@pytest.mark.parametrize("name", ["demo", "sd15_compressibility_10gb", "sdxl_compressibility_24gb"])  # one of each size
+@pytest.mark.parametrize(
+    "name", ["demo", "sd15_compressibility_10gb", pytest.param("sdxl_compressibility_24gb", marks=pytest.mark.slow)]
+)
 def test_a_recipe_can_be_planned_without_weights(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert train.main([f"configs/{name}.yaml", "--dry-run"]) == 0
@@ -225,6 +231,7 @@ def test_the_run_folder_holds_what_was_promised(finished):
         assert key in last, key
 
 
+@pytest.mark.slow
 def test_a_scorer_that_dies_for_good_stops_the_run_whole_and_the_same_command_goes_on(tiny, tmp_path):
     config, note, folder = tmp_path / "run.yaml", tmp_path / "note", tmp_path / "run"
     config.write_text(CONFIG.format(model=tiny))

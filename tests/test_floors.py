@@ -18,15 +18,18 @@ FLOORS = [  # a room may import from the floors above its own line, never sidewa
     },
     {"ddpo.models", "ddpo.menagerie", "ddpo.jsonl"},
     {"ddpo.policy", "ddpo.runs"},
-    {"ddpo.rollout", "ddpo.deal", "ddpo.estimate", "ddpo.checkpoint", "ddpo.journal", "ddpo.recipe", "ddpo.rewarding"},
-    {"ddpo.algorithms", "ddpo.evaluate", "ddpo.report", "ddpo.export", "ddpo.progress"},
+    {"ddpo.rollout", "ddpo.deal", "ddpo.estimate", "ddpo.checkpoint", "ddpo.journal", "ddpo.sections", "ddpo.rewarding"},
+    {"ddpo.algorithms", "ddpo.offline", "ddpo.window", "ddpo.evaluate", "ddpo.report", "ddpo.export", "ddpo.progress"},
     {"ddpo.trainer"},
     {"ddpo.train", "ddpo.cli", "ddpo.experiment"},
 ]
 PARTS_OF = {  # a room too large for one file
+    "ddpo.schedule": "ddpo.diffusion",
     "ddpo.components": "ddpo.config", "ddpo.yaml_lines": "ddpo.config", "ddpo.manifest": "ddpo.checkpoint",
-    "ddpo.page": "ddpo.report", "ddpo.learner": "ddpo.trainer", "ddpo.plan": "ddpo.experiment",
-    "ddpo.judge": "ddpo.trainer", "ddpo.scorers": "ddpo.cli",
+    "ddpo.page": "ddpo.report", "ddpo.learner": "ddpo.trainer", "ddpo.actor": "ddpo.trainer", "ddpo.plan": "ddpo.experiment",
+    "ddpo.recipe": "ddpo.experiment",
+    "ddpo.judge": "ddpo.trainer", "ddpo.views": "ddpo.rollout", "ddpo.scorers": "ddpo.cli",
+    "ddpo.critic": "ddpo.algorithms",
 }  # fmt: skip
 SHARED = {("ddpo.cli", "ddpo.train"), ("ddpo.cli", "ddpo.experiment"), ("ddpo.train", "ddpo.experiment")}
 ONLY_IN = {

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ddpo import diffusion as d
+from ddpo.schedule import FlowMatching, VariancePreserving
 
 STEPS, SHIFTS = [1, 2, 10, 28, 40], [0.5, 1.0, 1.15, 3.0]
 SOLVERS = [d.DDIM(0.5), d.DDIM(1.0), d.CPS(0.8), d.FlowSDE(0.7), d.DanceSDE(0.3)]
@@ -33,7 +34,7 @@ def pairs(schedule, num_steps):
 def test_times_and_levels_are_those_of_diffusers(num_steps, shift):
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(num_steps)
-    ours = d.FlowMatching(shift)
+    ours = FlowMatching(shift)
     times = ours.times(num_steps)
     torch.testing.assert_close(times[:-1], theirs.timesteps.double(), rtol=1e-6, atol=0)
     assert times[0] == 1000 and times[-1] == 0 and (times.diff() < 0).all()
@@ -42,7 +43,7 @@ def test_times_and_levels_are_those_of_diffusers(num_steps, shift):
 
 
 def test_noise_is_added_as_diffusers_adds_it():
-    theirs, ours = FlowMatchEulerDiscreteScheduler(shift=3.0), d.FlowMatching(3.0)
+    theirs, ours = FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatching(3.0)
     x0, eps, t = draw(3, 4, 8, 8), draw(3, 4, 8, 8, seed=1), theirs.timesteps[[0, 400, 999]]
     torch.testing.assert_close(ours.level(t).noise(x0, eps), theirs.scale_noise(x0, t, eps), rtol=1e-6, atol=1e-6)
 
@@ -50,14 +51,14 @@ def test_noise_is_added_as_diffusers_adds_it():
 def test_training_draws_from_the_networks_own_training_times():
     """Shares k / 1000 are diffusers' table of training times, whose first is the least that is ever drawn."""
     table = FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps.flip(0)  # at 1 / 1000, 2 / 1000, ... 1
-    drawn = d.FlowMatching(3.0).at(torch.arange(1, 1001) / 1000)
+    drawn = FlowMatching(3.0).at(torch.arange(1, 1001) / 1000)
     torch.testing.assert_close(drawn, table.double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(d.FlowMatching(3.0).at(torch.zeros(1)), drawn[:1])
+    torch.testing.assert_close(FlowMatching(3.0).at(torch.zeros(1)), drawn[:1])
 
 
 def test_a_number_of_steps_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="num_steps is 0"):
-        d.FlowMatching().times(0)
+        FlowMatching().times(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_a_number_of_steps_that_does_not_exist_is_refused():
 
 def test_a_velocity_is_consistent_with_the_latent_it_is_of():
     x0, eps = draw(4, 4, 8, 8), draw(4, 4, 8, 8, seed=1)
-    level = d.FlowMatching().level(torch.tensor([1000.0, 913.7, 400.0, 0.0]))
+    level = FlowMatching().level(torch.tensor([1000.0, 913.7, 400.0, 0.0]))
     x = level.noise(x0, eps)
     pred = d.from_velocity(eps - x0, x, level)
     torch.testing.assert_close(pred.x0, x0, rtol=1e-12, atol=1e-12)
@@ -115,7 +116,7 @@ PUBLISHED = [(d.FlowSDE, flow_grpo), (d.DanceSDE, dance_grpo), (d.CPS, flow_cps)
 @pytest.mark.parametrize("amount", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("solver, published", PUBLISHED)
 def test_every_step_is_the_published_one(solver, published, amount, shift):
-    schedule = d.FlowMatching(shift)
+    schedule = FlowMatching(shift)
     x, v = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1)
     steps = list(pairs(schedule, 10))
     second = steps[0][1].sigma[0].item()
@@ -131,7 +132,7 @@ def test_without_noise_every_step_is_diffusers_euler_step(solver):
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(12)
     assert not solver.stochastic
-    for i, (now, then) in enumerate(pairs(d.FlowMatching(3.0), 12)):
+    for i, (now, then) in enumerate(pairs(FlowMatching(3.0), 12)):
         x, v = draw(2, 4, 8, 8, seed=i).float(), draw(2, 4, 8, 8, seed=100 + i).float()
         mean, std = d.step_mean(d.from_velocity(v, x, now), now, then, solver)
         expected = theirs.step(v, theirs.timesteps[i], x).prev_sample
@@ -142,7 +143,7 @@ def test_without_noise_every_step_is_diffusers_euler_step(solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_last_step_goes_to_the_picture_and_all_others_have_a_normal_density(solver):
     assert solver.stochastic
-    *steps, last = pairs(d.FlowMatching(), 10)
+    *steps, last = pairs(FlowMatching(), 10)
     x, v, noise = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1), draw(2, 4, 8, 8, seed=2)
     for now, then in steps:
         mean, std = d.step_mean(d.from_velocity(v, x, now), now, then, solver)
@@ -158,7 +159,7 @@ def test_the_last_step_goes_to_the_picture_and_all_others_have_a_normal_density(
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_float32_step_equals_the_same_step_in_float64(solver):
-    for i, (now, then) in enumerate(pairs(d.FlowMatching(), 10)):
+    for i, (now, then) in enumerate(pairs(FlowMatching(), 10)):
         x, v = draw(2, 4, 8, 8, seed=i), draw(2, 4, 8, 8, seed=100 + i)
         exact, _ = d.step_mean(d.from_velocity(v, x, now), now, then, solver)
         mean, std = d.step_mean(d.from_velocity(v.float(), x.float(), now), now, then, solver)
@@ -173,14 +174,14 @@ def test_a_float32_step_equals_the_same_step_in_float64(solver):
 @pytest.mark.parametrize("solver", [d.DDIM(0.0), d.DDIM(0.6), d.DDIM(1.0), d.CPS(0.8), d.CPS(1.0)])
 def test_coefficients_are_preserved(solver):
     """From x_t ~ Normal(alpha_t x0, sigma_t) a step with the true x0 and noise leads to Normal(alpha_s x0, sigma_s)."""
-    for now, then in pairs(d.FlowMatching(), 10):
+    for now, then in pairs(FlowMatching(), 10):
         c, std = solver(now, then)
         torch.testing.assert_close(c**2 + std**2, then.sigma**2, rtol=1e-12, atol=1e-15)
 
 
 def drawn_variance(solver, num_steps, variance):
     """Of the samples where the data is Normal(0, variance) and the network is exact: each step is affine and all is known."""
-    schedule, drawn = d.FlowMatching(1.0), 1.0
+    schedule, drawn = FlowMatching(1.0), 1.0
     levels = schedule.level(schedule.times(num_steps))
     now, then = d.Level(*(v[:-1] for v in levels)), d.Level(*(v[1:] for v in levels))
     c, std = solver(now, then)
@@ -225,13 +226,13 @@ def test_the_score_that_an_sde_adds_back_is_what_keeps_the_marginal():
 @pytest.mark.parametrize("solver", [d.FlowSDE(), d.DanceSDE()])
 def test_an_sde_of_the_flow_is_refused_on_another_schedule(solver):
     noise = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    schedule = d.VariancePreserving(noise.alphas_cumprod, 1.0)
+    schedule = VariancePreserving(noise.alphas_cumprod, 1.0)
     with pytest.raises(ValueError, match=r"rollout\.solver.*flow.*diffusion:DDIM"):
         next(solver(now, then) for now, then in pairs(schedule, 10))
 
 
 def test_cps_holds_for_any_schedule():
     noise = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    for now, then in pairs(d.VariancePreserving(noise.alphas_cumprod, 1.0), 10):
+    for now, then in pairs(VariancePreserving(noise.alphas_cumprod, 1.0), 10):
         c, std = d.CPS(0.8)(now, then)
         torch.testing.assert_close(c**2 + std**2, then.sigma**2)

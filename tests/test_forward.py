@@ -14,8 +14,10 @@ from ddpo import diffusion as d
 from ddpo.algorithms.forward import AWM, NFT, RWR
 from ddpo.learner import Learner
 from ddpo.noise import normal
-from ddpo.recipe import Learning
-from ddpo.rollout import Noised, collect
+from ddpo.rollout import collect
+from ddpo.schedule import VariancePreserving
+from ddpo.sections import Learning
+from ddpo.views import Noised
 from tests.test_algorithms import STEPS, TARGET
 from tests.test_rollout import ADDRESSES, PROMPTS, policy_of
 
@@ -46,8 +48,8 @@ class Selves:
         s, a = SIGMA.view(-1, 1, 1, 1), ALPHA.view(-1, 1, 1, 1)
         return a * (self.view.x - a * x0) / s - s * x0
 
-    def __call__(self, x, t, cond, guided):
-        assert not guided
+    def __call__(self, x, t, cond, guidance):
+        assert guidance == 1.0
         return d.Prediction(self.beliefs[self.me], None)
 
     def acting_as(self, name):
@@ -141,15 +143,32 @@ def test_noise_has_an_address_and_levels_are_stratified(tiny):
     noise = (shared.x - level.alpha.float().view(-1, 1, 1, 1) * shared.x0) / level.sigma.float().view(-1, 1, 1, 1)
     assert torch.allclose(noise[0], noise[1], atol=1e-4) and not torch.allclose(noise[0], noise[2], atol=0.1)
     assert not torch.equal(rollout.noised(8, 1, 4, False).x, whole.x)
+    high = [v.t for v in RWR(times=2, lowest=0.6).views(rollout, 4, torch.Generator())]
+    assert all(600 <= t < 800 for t in high[0].tolist()) and all(800 <= t < 1000 for t in high[1].tolist())
 
 
 def test_an_unguided_belief_is_the_conditional_one(tiny):
     policy = policy_of(tiny)
     policy.guidance = 3.0
     x, t, cond = normal(ADDRESSES, policy.family.latent_shape), torch.full((4,), 500), policy.family.encode(PROMPTS)
-    guided, unguided = policy(x, t, cond), policy(x, t, cond, guided=False)
+    guided, unguided = policy(x, t, cond), policy(x, t, cond, guidance=1.0)
     policy.guidance = 1.0
     assert torch.equal(unguided.x0, policy(x, t, cond).x0) and not torch.allclose(guided.x0, unguided.x0)
+
+
+def test_a_teacher_is_the_guided_base_model(tiny):
+    """With no advantage RWR's own term aside, the distance is to where the base model's guidance leads."""
+    policy = policy_of(tiny)
+    rollout = collect(policy, PROMPTS, ADDRESSES, d.DDIM(0.0), 3, 4, False)
+    rollout.advantages = torch.zeros(4)
+    (view,) = RWR(times=1).views(rollout, 4, torch.Generator())
+    with torch.no_grad():
+        plain, taught, alone = (
+            RWR(times=1, kl=kl, teacher=g).loss(policy, view)[0] for kl, g in ((0.0, 1.0), (0.5, 3.0), (0.5, 1.0))
+        )
+        apart = policy(view.x, view.t, view.cond, 3.0).x0 - policy(view.x, view.t, view.cond, 1.0).x0
+    torch.testing.assert_close(taught - plain, 0.5 * apart.square().flatten(1).mean(1) / view.sigma**2, rtol=1e-3, atol=1e-6)
+    assert torch.equal(alone, plain) and (taught > plain).all()  # before the first update the base model is the policy
 
 
 class Located:
@@ -160,11 +179,11 @@ class Located:
         self.m = torch.nn.Parameter(torch.zeros(()))
         self.weights, self.kept = {"m": self.m}, {"reference": torch.zeros(())}
         self.family = SimpleNamespace(
-            schedule=d.VariancePreserving((1 - betas).cumprod(0), float(1 - betas[0])), latent_shape=(1, 4, 4), device=torch.device("cpu"),
+            schedule=VariancePreserving((1 - betas).cumprod(0), float(1 - betas[0])), latent_shape=(1, 4, 4), device=torch.device("cpu"),
             dtype=torch.float32, encode=lambda prompts: {"none": torch.zeros(len(prompts), 1)}, decode=lambda z: z.expand(-1, 3, 4, 4),
         )  # fmt: skip
 
-    def __call__(self, x, t, cond, guided=True):
+    def __call__(self, x, t, cond, guidance=None):
         level = self.family.schedule.level(t)
         alpha, sigma = (v.float().view(-1, 1, 1, 1) for v in level)
         return d.from_eps(sigma * (x - alpha * self.m), x, level)

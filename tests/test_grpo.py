@@ -9,13 +9,15 @@ from ddpo.algorithms import Replay
 from ddpo.algorithms.ddpo import DDPO, ScoreFunction
 from ddpo.algorithms.grpo import GRPO, FlowDPPO, GRPOGuard
 from ddpo.learner import Learner
-from ddpo.recipe import Learning
-from ddpo.rollout import Transition, collect
+from ddpo.rollout import collect
+from ddpo.schedule import FlowMatching
+from ddpo.sections import Learning
+from ddpo.views import Transition
 from tests.test_algorithms import TARGET, Gaussian, fast_rollout, gradients
 from tests.test_rollout import ADDRESSES, PROMPTS, policy_of, stir
 
 SHAPE = (4, 4, 4)
-FLOW = d.FlowMatching(3.0)
+FLOW = FlowMatching(3.0)
 ANCHORED = [GRPOGuard(), FlowDPPO()]
 
 

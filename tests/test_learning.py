@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from ddpo.algorithms.ddpo import DDPO, ScoreFunction
 from ddpo.diffusion import DDIM
 from ddpo.learner import Learner
-from ddpo.recipe import Learning
 from ddpo.rollout import collect
+from ddpo.sections import Learning
 from tests.test_algorithms import STEPS, TARGET, Gaussian
 
 ROWS = 256

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 from ddpo import estimate
 from ddpo.algorithms.ddpo import DDPO
-from ddpo.diffusion import CPS, DDIM, DanceSDE, FlowSDE, VariancePreserving
+from ddpo.diffusion import CPS, DDIM, DanceSDE, FlowSDE
 from ddpo.export import save_lora
 from ddpo.models.sd3 import StableDiffusion3
 from ddpo.noise import normal
 from ddpo.policy import LoRA, Policy
 from ddpo.rollout import collect
+from ddpo.schedule import VariancePreserving
 from tests.test_rollout import ADDRESSES, PROMPTS, stir
 from tests.tiny import save_pipeline, save_sd3
 
@@ -70,6 +71,12 @@ def test_t5_is_heard(sd3):
     with_t5, without = (policy_of(sd3, text_encoder_3=t5).family.encode(["a cat", "a dog"])["text"] for t5 in (True, False))
     assert with_t5.shape == without.shape and not without[:, 20:].any()
     assert not torch.equal(with_t5[0, 20:], with_t5[1, 20:]) and torch.equal(with_t5[:, :20], without[:, :20])
+
+
+def test_t5_reads_as_many_tokens_as_diffusers_is_told_to_read(sd3):
+    ours = collect(policy_of(sd3, max_sequence_length=24), PROMPTS, ADDRESSES, DDIM(0.0), 3, 4, False).latents[:, -1]
+    same = {"latents": START.clone(), "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    torch.testing.assert_close(ours, pipeline(sd3)(PROMPTS, max_sequence_length=24, **same).images, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_without_t5_needs_to_be_told_so(sd3_without_t5):

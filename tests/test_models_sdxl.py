@@ -191,6 +191,7 @@ def test_a_model_of_another_family_is_refused_with_the_name_of_its_own(xl, tiny,
         (StableDiffusion, xl, "sdxl"),
         (StableDiffusionXL, tiny, "sd"),
         (StableDiffusionXL, "menagerie", "sd"),
+        (StableDiffusion, "menagerie-flow", "sd3"),
     ):
         kind = asked.outline if outlined else asked
         with pytest.raises(

@@ -9,9 +9,10 @@ from accelerate import Accelerator
 
 from ddpo.advantage import GroupRelative, PerPrompt
 from ddpo.algorithms.ddpo import DDPO
-from ddpo.algorithms.forward import NFT
+from ddpo.algorithms.forward import NFT, RWR
 from ddpo.checkpoint import MismatchedCheckpoint
 from ddpo.config import Component
+from ddpo.deal import VarianceAdaptive
 from ddpo.diffusion import DDIM, FlowSDE
 from ddpo.evaluate import Baseline
 from ddpo.judge import Judge
@@ -19,8 +20,9 @@ from ddpo.models.sd import StableDiffusion
 from ddpo.policy import LoRA, Policy
 from ddpo.progress import Display
 from ddpo.prompts import Prompt
-from ddpo.recipe import Acting, Evaluating, Learning, Run
+from ddpo.sections import Acting, Evaluating, Learning, Run
 from ddpo.trainer import Task, Trainer, TrainingError
+from ddpo.window import Random
 from rewards import Part, RewardError, Rubric
 
 PROMPTS = [Prompt(f"a {animal} on a red background", {}) for animal in ("cat", "dog", "owl", "fox", "bee", "cow")]
@@ -44,8 +46,9 @@ class Brightness:
 
 def trainer_of(folder, tiny, reward=None, iterations=3, algorithm=None, advantage=None, lr=1e-2, identity=None, **options):
     acting = dict(
-        solver=Component("diffusion:DDIM", DDIM, {"eta": 1.0}), num_steps=4, guidance=2.0, prompts=4, group_size=3, batch_size=6
-    )
+        solver=Component("diffusion:DDIM", DDIM, {"eta": 1.0}), num_steps=4, guidance=2.0, prompts=4, group_size=3, batch_size=6,
+        window=None, choice=None,
+    )  # fmt: skip
     acting |= {k: options.pop(k) for k in list(options) if k in acting}
     learning = dict(lr=lr, updates=2, micro_batch=6) | options
     return Trainer(
@@ -73,7 +76,13 @@ FORWARD = {
 }  # draws as an earlier self, which a resumed run must be given
 
 
-@pytest.mark.parametrize("options", [{}, {"advantage": PerPrompt(window=8, min_count=4)}, {"epochs": 2}, FORWARD])
+MOVING = {
+    "window": Component("window:Random", Random, {"length": 1, "among": 1.0}),
+    "choice": Component("deal:VarianceAdaptive", VarianceAdaptive, {}),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"advantage": PerPrompt(window=8, min_count=4)}, {"epochs": 2}, FORWARD, MOVING])
 def test_a_run_that_was_stopped_and_resumed_ends_bit_identical(tiny, tmp_path, options):
     fresh = lambda: {k: PerPrompt(window=8, min_count=4) if k == "advantage" else v for k, v in options.items()}  # noqa: E731
     whole = trainer_of(tmp_path / "whole", tiny, **fresh())
@@ -107,6 +116,37 @@ def test_a_broken_reward_stops_before_the_update_and_names_scorer_and_prompt(tin
     with pytest.raises(RewardError, match=r"(?s)brightness.*on a red background"):
         trainer.run()
     assert torch.equal(weights(trainer), before)
+
+
+class Picky(Brightness):
+    """Tells only the pictures of some prompts apart."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = known
+
+    def __call__(self, images, prompts, metadata):
+        scores = super().__call__(images, prompts, metadata)
+        return [s if any(k in p for k in self.known) else 0.5 for s, p in zip(scores.tolist(), prompts, strict=True)]
+
+
+def test_groups_that_are_all_alike_are_left_out_and_said(tiny, tmp_path):
+    """RWR gives an advantage of zero the weight one: it would learn from them."""
+
+    class Counting(RWR):
+        def views(self, batch, size, draw):
+            rows.extend(batch.prompts)
+            return super().views(batch, size, draw)
+
+    rows = []
+    trainer = trainer_of(tmp_path / "some", tiny, Picky("cat", "owl"), 1, Counting(times=1), solver=ODE, updates=1)
+    trainer.run()
+    assert len(rows) == 6 and {p.split()[1] for p in rows} == {"cat", "owl"}
+    assert lines(tmp_path / "some")[1]["advantage/zero_std_fraction"] == 0.5
+    nothing = trainer_of(tmp_path / "none", tiny, Picky(), 1, Counting(times=1), solver=ODE)
+    before = weights(nothing)
+    nothing.run()
+    assert torch.equal(weights(nothing), before) and len(rows) == 6 and lines(tmp_path / "none")[1]["grad_norm"] == 0
 
 
 def test_every_update_moves_the_weights_and_the_first_ratio_is_one(tiny, tmp_path):

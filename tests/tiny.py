@@ -10,6 +10,8 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -132,6 +134,35 @@ def save_sd3(folder: Path, t5: bool = True, seed: int = 0) -> Path:
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0],
         tokenizer=words, text_encoder_2=clips[1], tokenizer_2=words, text_encoder_3=T5EncoderModel(third) if t5 else None,
         tokenizer_3=_letters() if t5 else None,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_flux(folder: Path, schnell: bool = False, seed: int = 0) -> Path:
+    """The same sizes for FLUX.1: two blocks of each kind, rotary axes of three lengths, and dev's config of the scheduler as
+    published, or schnell's, whose network knows no guidance."""
+    torch.manual_seed(seed)
+    words = architecture.tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=architecture.CONTEXT, eos_token_id=words.eos_token_id, bos_token_id=words.bos_token_id,
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    t5 = T5Config(d_model=48, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=200, feed_forward_proj="gated-gelu")
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * 8, num_layers=2, num_single_layers=2, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=48,
+        pooled_projection_dim=16, guidance_embeds=not schnell, axes_dims_rope=(2, 4, 6),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8), norm_num_groups=4, layers_per_block=1, latent_channels=8, sample_size=16, scaling_factor=0.3611,
+        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2, mid_block_add_attention=False,
+    )  # fmt: skip
+    noise = FlowMatchEulerDiscreteScheduler(shift=1.0 if schnell else 3.0, use_dynamic_shifting=not schnell)
+    pipe = FluxPipeline(
+        transformer=transformer, scheduler=noise, vae=vae, text_encoder=CLIPTextModel(clip), tokenizer=words,
+        text_encoder_2=T5EncoderModel(t5), tokenizer_2=_letters(),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder

@@ -4,17 +4,20 @@ It owns no loop, no optimizer and no device: the trainer improves them all.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ddpo.diffusion import Solver, gaussian_kl, log_prob
+from ddpo.critic import Critic
+from ddpo.diffusion import DPMSolver, Solver, gaussian_kl, log_prob
+from ddpo.models import Family
 from ddpo.policy import Policy
-from ddpo.rollout import Noised, Rollout, Transition
+from ddpo.rollout import Rollout
+from ddpo.views import Noised, Pair, Tail, Transition
 
-View = TypeVar("View", Transition, Noised)
+View = TypeVar("View", Transition, Noised, Tail, Pair[Noised], Pair[Transition])
 
 
 class Algorithm(ABC, Generic[View]):
@@ -24,13 +27,37 @@ class Algorithm(ABC, Generic[View]):
     processes and micro-batches.
     """
 
-    needs_trajectory = False
+    needs_trajectory = False  # True: it looks at latents on the way, not only at what was drawn
+    needs_density = False  # True: it learns from steps that add noise
+    needs_gradient = False  # True: it differentiates the reward; rollouts then have `reward`
+    needs_units = False  # True: advantages must be in the reward's own unit
+    memoryless = False  # True: its trajectories must forget where they started, so that all noise is in every step
     on_policy = False  # True: only the first update of a rollout is justified
     actor = "now"  # which self of the policy collects the rollouts
     smallest_group = 1  # images of one prompt that it needs in an iteration, whatever the advantage asks for
 
+    @property
+    def last_steps(self) -> int:
+        """How many steps before the end of a trajectory it looks at; 0 where it takes what there is."""
+        return 0
+
     def refusal(self, solver: Solver) -> str | None:
-        """Why this algorithm cannot learn from trajectories of this solver, or None if it can."""
+        """Why this algorithm cannot learn from what this solver draws, or None if it can."""
+        if isinstance(solver, DPMSolver) and self.needs_trajectory:
+            return (
+                f"{type(self).__name__} takes steps of a trajectory again, and a step of {solver} depends on the one before it; "
+                "set rollout.solver to a one-step sampler, such as {name: diffusion:DDIM}"
+            )
+        if solver.stochastic or not self.needs_density:
+            return None
+        return (
+            f"{type(self).__name__} learns from the noise that a sampler adds, and {solver} adds none; "
+            "set rollout.solver to a stochastic one, such as {name: diffusion:DDIM, eta: 1.0}"
+        )
+
+    def critic(self, family: Family, seed: int) -> Critic | None:
+        """A learned baseline with weights of its own, made once a run. The learner lets it turn each rollout's advantages into
+        advantages of steps, and trains it."""
         return None
 
     def start(self, policy: Policy, iteration: int) -> None:
@@ -45,6 +72,10 @@ class Algorithm(ABC, Generic[View]):
         Args:
             stochastic_steps: of its trajectory.
         """
+
+    def together(self, batch: Rollout, size: int) -> Sequence[Tensor]:
+        """Which rows of this batch go through the network at a time: half precision tells one batch shape from another."""
+        return torch.arange(len(batch)).split(size)
 
     @abstractmethod
     def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[View]:
@@ -70,6 +101,11 @@ class Replay:
         self.policy, self.view = policy, view
         self.mean, self.std = view.replay(policy)
         self.log_ratio = log_prob(view.x_next, self.mean, self.std) - view.log_prob
+
+    def log_ratio_to(self, earlier: str) -> Tensor:
+        """(B,) log importance ratio to an earlier self, averaged likewise, for one more forward pass."""
+        x, other = self.view.x_next, self.mean_of(earlier)
+        return log_prob(x, self.mean, self.std) - log_prob(x, other, self.std)
 
     def mean_of(self, earlier: str) -> Tensor:
         """(B, C, H, W) the mean of an earlier self's step, without gradient, for one more forward pass."""

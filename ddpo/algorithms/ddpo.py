@@ -18,9 +18,9 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from ddpo.algorithms import Algorithm, Replay, clipped_surrogate
-from ddpo.diffusion import Solver
 from ddpo.policy import Policy
-from ddpo.rollout import Rollout, Transition
+from ddpo.rollout import Rollout
+from ddpo.views import Transition
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,8 @@ class ScoreFunction(Algorithm[Transition]):
     kl: Annotated[float, Ge(0)] = 0.0
     steps: Annotated[float, Interval(gt=0, le=1)] = 1.0
     needs_trajectory = True
+    needs_density = True
     on_policy = True
-
-    def refusal(self, solver: Solver) -> str | None:
-        if solver.stochastic:
-            return None
-        return (
-            f"{type(self).__name__} learns from the noise that a sampler adds, and {solver} adds none; "
-            "set rollout.solver to a stochastic one, such as {name: diffusion:DDIM, eta: 1.0}"
-        )
 
     def passes(self, stochastic_steps: int) -> int:
         return max(1, round(self.steps * stochastic_steps))

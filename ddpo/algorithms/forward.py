@@ -8,6 +8,8 @@ for networks that predict eps as they do for flows.
     NFT      Zheng et al. 2025, "DiffusionNFT: Online Diffusion Reinforcement with Forward Process"
     AWM      Xue et al. 2025, "Advantage Weighted Matching"
     RWR      Peters & Schaal 2007; the baseline of Black et al. 2023 that DDPO is measured against
+    RAFT     Dong et al. 2023, "RAFT: Reward rAnked FineTuning"; best-of-n
+    elbo.py  ELBO-PG's links; ram.py: reinforce adjoint matching. Why they are not one loss: docs/algorithms.md
 
 With a = x0_old - x0 and d = x0_theta - x0_old, NFT's loss (times A_max / beta) is  2 A <a, d> + A_max beta |d|^2 + const, and AWM's
 2 A <a, d> + (A + kappa) |d|^2 + const: one policy gradient, two curvatures around the old policy. Neither can do without.
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from ddpo.algorithms import Algorithm
 from ddpo.policy import Policy
-from ddpo.rollout import Noised, Rollout
+from ddpo.rollout import Rollout
+from ddpo.views import Noised
 
 
 @dataclass(frozen=True)
@@ -34,34 +37,40 @@ class ForwardProcess(Algorithm[Noised]):
     Args:
         times: noise levels at which an update looks at each picture, one drawn from each of as many equal stretches.
         shared: whether the pictures of a group are noised alike (Luo et al. 2026, V-GRPO): what differs is then the picture.
-        guided: whether the loss sees the guided network. False learns the conditional one, while guidance may act: the rule
-            for UNets, whose unguided pictures are poor.
+        lowest: share of the way from clean to noise, at its clean end, that is not looked at. What a picture shows is settled at
+            high noise; below, its details.
+        guidance: scale at which the loss sees the network. 1 learns the conditional belief, whatever guidance acts: the rule for
+            UNets, whose unguided pictures are poor. None is the scale that acts.
         max_advantage: advantages are clipped to +- this.
         kl: weight of the mean squared distance to the base model's velocity.
+        teacher: scale of guidance of the base model in that distance. Above 1, with guidance 1, the LoRA learns what guidance
+            did, and may act without it, in half the time (as in CRD, arXiv 2603.14128).
     """
 
     times: Annotated[int, Ge(1)] = 2
     shared: bool = False
-    guided: bool = False
+    lowest: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    guidance: Annotated[float, Ge(0)] | None = 1.0
     max_advantage: Annotated[float, Gt(0)] = 5.0
     kl: Annotated[float, Ge(0)] = 0.0
+    teacher: Annotated[float, Ge(0)] = 1.0
 
     def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Noised]:
         """Every row at every stretch of noise levels."""
         key = int(torch.randint(2**62, (), generator=draw))
         for chunk in batch.chunks(size):
             for stretch in range(self.times):
-                yield chunk.noised(key, stretch, self.times, self.shared)
+                yield chunk.noised(key, stretch, self.times, self.shared, self.lowest)
 
     def passes(self, stochastic_steps: int) -> int:
         return self.times
 
     def loss(self, policy: Policy, view: Noised) -> tuple[Tensor, dict[str, Tensor]]:
-        now = view.belief(policy, self.guided)
+        now = view.belief(policy, self.guidance)
         loss, metrics = self._surrogate(policy, view, now)
         if self.kl:
             with policy.acting_as("reference"):
-                reference = view.belief(policy, self.guided)
+                reference = view.belief(policy, self.teacher)
             distance = view.velocity_distance(now, reference)
             loss = loss + self.kl * distance
             metrics["kl/velocity"] = distance.detach()
@@ -102,7 +111,7 @@ class NFT(ForwardProcess):
 
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with policy.acting_as("old"):
-            old = view.belief(policy, self.guided)
+            old = view.belief(policy, self.guidance)
         share = self._clipped(view.advantage) / self.max_advantage / 2 + 0.5  # r in [0, 1]
         step = self.beta * (now - old)
         toward, away = (_relative_error(belief - view.x0) for belief in (old + step, old - step))
@@ -139,7 +148,7 @@ class AWM(ForwardProcess):
 
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with policy.acting_as("ema"):
-            past = view.belief(policy, self.guided)
+            past = view.belief(policy, self.guidance)
         likelihood = -4 * view.sigma * (view.velocity_distance(now, view.x0) + 1e-10) ** 0.25
         ratio = (likelihood - likelihood.detach()).exp()  # the value is one: the old policy is the one that acted
         advantage = self._clipped(view.advantage) / self.max_advantage
@@ -165,6 +174,45 @@ class RWR(ForwardProcess):
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weight = (self._clipped(view.advantage) / self.temperature).exp().clamp(max=self.max_weight)
         return weight * view.velocity_distance(now, view.x0), {"weight": weight}
+
+
+@dataclass(frozen=True)
+class RAFT(ForwardProcess):
+    """Best-of-n: the diffusion loss on the best pictures of each prompt group alone, as if they were data.
+
+    Pictures are ranked by their reward within their group; the loss is the mean over those that are kept. One that could not
+    be scored teaches nothing, and where its group has too few others, counts as a loss of zero.
+
+    Args:
+        best: how many pictures of a group (1, 2, ...), at most all; or what share of it (a fraction above 0; 1.0 is all).
+    """
+
+    best: Annotated[int, Ge(1)] | Annotated[float, Interval(gt=0, le=1)] = 1
+    smallest_group = 2
+
+    def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Noised]:
+        """The best rows of every group, of which a batch holds whole ones."""
+        assert batch.rewards is not None, "rewards come before learning"
+        best = batch[torch.tensor([row for group in batch.groups() for row in self._best(group, batch.rewards)])]
+        assert best.rewards is not None
+        best.advantages = best.rewards.isfinite().to(best.latents)  # the reward has done its work: they count alike
+        yield from super().views(best, size, draw)
+
+    def _best(self, group: list[int], rewards: Tensor) -> list[int]:
+        """As many rows of every group of one size, whatever is scored."""
+        number = self.best if isinstance(self.best, int) else max(1, round(self.best * len(group)))
+        order = rewards[group].nan_to_num(nan=-torch.inf).sort(descending=True, stable=True).indices
+        return sorted(group[i] for i in order[:number].tolist())
+
+    def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        error = view.velocity_distance(now, view.x0)
+        return view.advantage * error, {"error/velocity": error.detach()}
+
+
+def has_moved(policy: Policy, name: str) -> bool:
+    """Whether the policy is another than this earlier self, which then must be asked what it believes."""
+    kept = policy.selves()
+    return not all(torch.equal(weight, kept[f"{name}/{key}"]) for key, weight in policy.weights.items())
 
 
 def _relative_error(error: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ddpo.diffusion import Level, Prediction, Schedule
+from ddpo.diffusion import Level, Prediction
+from ddpo.schedule import Schedule
 
 Cond = dict[str, Tensor]  # whatever the network is conditioned on, batch first
 
@@ -26,8 +27,11 @@ class Family(Protocol):
     outline: ClassVar[type]  # the same family, taking the same options, with networks of shapes and no numbers (meta device)
 
     @property
+    def image_size(self) -> tuple[int, int]: ...  # (height, width) of its pictures, in pixels
+    @property
     def helpers(self) -> list[nn.Module]: ...  # all networks but the denoiser: text encoders, VAE
     def to(self, device: torch.device) -> None: ...
     def encode(self, prompts: list[str]) -> Cond: ...
     def denoise(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...  # (B, 3, H, W) float32 in [0, 1]
+    def encode_images(self, images: Tensor) -> Tensor: ...  # (B, 3, height, width) in [0, 1] -> latents that `decode` to them

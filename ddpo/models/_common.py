@@ -12,7 +12,8 @@ from torch import nn
 import ddpo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MENAGERIE = Path(ddpo.__file__).parent / "menagerie" / "weights"
+_SHIPPED = Path(ddpo.__file__).parent / "menagerie"
+BUILT_IN = {"menagerie": _SHIPPED / "weights", "menagerie-flow": _SHIPPED / "weights-flow"}  # model.path: folder
 
 
 class Networks(ABC):
@@ -52,10 +53,11 @@ class OnMeta:
 
 @contextmanager
 def _visit(module: nn.Module, offload: bool) -> Iterator[None]:
+    """Where a gradient is wanted, the module stays until it is next called without: the graph holds on to weights where they are."""
     try:
         yield
     finally:
-        if offload:
+        if offload and not torch.is_grad_enabled():
             module.to("cpu")
 
 

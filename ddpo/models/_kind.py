@@ -1,9 +1,10 @@
-"""Which family a model belongs to: asked before any weights are read."""
+"""Whether a model belongs to a family: asked before any weights are read."""
 
 import importlib
 import inspect
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 from ddpo import models
 
@@ -36,3 +37,17 @@ def family_of(pipeline: str) -> str | None:
             if pipeline in [getattr(kind, "pipeline", None) for kind in own]:
                 return info.name
     return None
+
+
+def refuse_other_schedule(path: str, config: Any, *unknown: str) -> None:
+    """Raises ValueError where a scheduler's config asks for what no flow here knows, or for one of these options."""
+    if config["_class_name"] != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"{path} is sampled by {config['_class_name']}; known is FlowMatchEulerDiscreteScheduler")
+    for option in (*unknown, *OTHER_SCHEDULES):
+        if config.get(option):
+            raise ValueError(f"{path} has {option} in its scheduler's config, which this family does not know")
+
+
+OTHER_SCHEDULES = (
+    "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling",
+)  # fmt: skip

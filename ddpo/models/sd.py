@@ -9,10 +9,11 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ddpo.diffusion import Schedule, VariancePreserving, from_eps, from_v
+from ddpo.diffusion import from_eps, from_v
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES, MENAGERIE, Networks, OnMeta, quiet
+from ddpo.models._common import BUILT_IN, DTYPES, Networks, OnMeta, quiet
 from ddpo.models._kind import refuse_other_family
+from ddpo.schedule import Schedule, VariancePreserving
 
 
 class StableDiffusion(Networks):
@@ -54,11 +55,12 @@ class StableDiffusion(Networks):
         from diffusers import DDIMScheduler  # here: it takes seconds, and a typo should not
 
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
-        schedule = self._load(MENAGERIE if path == "menagerie" else path, revision)
+        schedule = self._load(BUILT_IN.get(path, path), revision)
         for module in (self.network, *self.helpers):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
         noise = DDIMScheduler.from_config(schedule)
         if noise.config.prediction_type not in PREDICTIONS:
             raise ValueError(f"{path} predicts {noise.config.prediction_type!r}; known are {', '.join(PREDICTIONS)}")
@@ -120,6 +122,22 @@ class StableDiffusion(Networks):
         with self._at_work(self.vae), half:
             images = self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of its pictures, in pixels."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], of `image_size` -> (B, C, h, w) float32, what `decode` makes them of: the posterior's mean."""
+        images = (2 * images - 1).to(self.device, self.vae.dtype)
+        half = self._half(self.device) if self.vae.dtype == self.dtype else nullcontext()
+        with self._at_work(self.vae), half:
+            latents = self.vae.encode(images).latent_dist.mean.float()
+        zero = self._unscaled(torch.zeros_like(latents[:1]))  # each channel's scale and shift, whatever the family
+        return (latents - zero) / (self._unscaled(torch.ones_like(zero)) - zero)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """From the denoiser's units to the VAE's."""

@@ -4,27 +4,28 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from ddpo.diffusion import FlowMatching, from_velocity
+from ddpo.diffusion import from_velocity
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES, OnMeta, quiet
-from ddpo.models._kind import refuse_other_family
+from ddpo.models._common import BUILT_IN, DTYPES, OnMeta, quiet
+from ddpo.models._kind import refuse_other_family, refuse_other_schedule
 from ddpo.models.sd import StableDiffusion
-
-T5_TOKENS = 256  # diffusers' default for a prompt
+from ddpo.schedule import FlowMatching
 
 
 class StableDiffusion3(StableDiffusion):
     """Any `StableDiffusion3Pipeline` in diffusers' format (Esser et al. 2024).
 
     Args:
-        path: hub id or local folder.
+        path: hub id, local folder, or "menagerie-flow" for the built-in model.
         revision: of a hub id; a commit pins the run.
         dtype: what the networks are stored and computed in. Step mathematics and LoRA weights stay float32.
         text_encoder_3: false leaves out the third text encoder, T5, which is larger than Stable Diffusion 3.5 medium itself.
             Zeros take its place, as in diffusers: short prompts lose little, and written words in pictures much.
+        max_sequence_length: T5's tokens a prompt, as in diffusers' call. The built-in model has no T5 and was made without its
+            tokens: there both options are False and 0, and plain diffusers must be told `max_sequence_length=0`.
         resolution: of the pictures, in pixels; None is the model's own (1024).
         gradient_checkpointing: recompute activations in the backward pass: a third more compute for much less memory.
         offload: keep text encoders and VAE in main memory except while they work.
@@ -48,16 +49,20 @@ class StableDiffusion3(StableDiffusion):
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         text_encoder_3: bool = True,
+        max_sequence_length: Annotated[int, Interval(ge=0, le=512)] = 256,
         resolution: Annotated[int, Ge(16)] | None = None,
         gradient_checkpointing: bool = False,
         offload: bool = False,
     ):
-        self.source, self.dtype, self.offload, self._with_t5 = path, DTYPES[dtype], offload, text_encoder_3
-        self.schedule, self.interpret = _schedule(path, self._load(path, revision)), from_velocity
+        self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
+        built_in = path == "menagerie-flow"
+        self._with_t5, self._tokens = (False, 0) if built_in else (text_encoder_3, max_sequence_length)
+        self.schedule, self.interpret = _schedule(path, self._load(BUILT_IN.get(path, path), revision)), from_velocity
         for module in (self.network, *self.helpers):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
         self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
         sizes = self.network.config
         side = sizes.sample_size if resolution is None else self._side(resolution)
@@ -106,7 +111,7 @@ class StableDiffusion3(StableDiffusion):
         both CLIPs), their projections side by side."""
         with self._at_work(nn.ModuleList(self.text_encoders)):
             text, _, pooled, _ = self.pipe.encode_prompt(
-                prompts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
+                prompts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self._tokens
             )
         return {"text": text, "pooled": pooled}
 
@@ -119,11 +124,7 @@ class StableDiffusion3(StableDiffusion):
 
 def _schedule(path: str, config: Any) -> FlowMatching:
     """Raises ValueError where the config asks for another schedule."""
-    if config["_class_name"] != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(f"{path} is sampled by {config['_class_name']}; known is FlowMatchEulerDiscreteScheduler")
-    for option in OTHER_SCHEDULES:
-        if config.get(option):
-            raise ValueError(f"{path} has {option} in its scheduler's config; known is a constant shift")
+    refuse_other_schedule(path, config, "use_dynamic_shifting")
     return FlowMatching(config["shift"], config["num_train_timesteps"])
 
 
@@ -164,18 +165,13 @@ class _Outline(OnMeta, StableDiffusion3):
         return schedule
 
     def encode(self, prompts: list[str]) -> Cond:
-        sizes, tokens = self.network.config, self.text_encoders[0].config.max_position_embeddings + T5_TOKENS
+        sizes, tokens = self.network.config, self.text_encoders[0].config.max_position_embeddings + self._tokens
         with torch.device("meta"):
             text = torch.empty(len(prompts), tokens, sizes.joint_attention_dim, dtype=self.dtype)
             return {"text": text, "pooled": torch.empty(len(prompts), sizes.pooled_projection_dim, dtype=self.dtype)}
 
 
 StableDiffusion3.outline = _Outline
-
-OTHER_SCHEDULES = (
-    "use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
-    "stochastic_sampling",
-)  # fmt: skip
 
 # Stable Diffusion 3.5 medium, as far as it differs from the classes' defaults
 TRANSFORMER: dict[str, Any] = {

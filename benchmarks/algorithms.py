@@ -1,0 +1,261 @@
+"""Which algorithm learns most, from the same pictures and in the same time?
+
+    python benchmarks/algorithms.py runs/algorithms               # everything; run it again to go on where it stopped
+    python benchmarks/algorithms.py runs/algorithms --quick       # one seed, two iterations: does it still run?
+
+Every method tunes the built-in models for their CLIP score on the same prompts with the same number of pictures an iteration. Its
+learning rate is searched first: each of RATES for half the iterations on a seed of its own, and the one with the highest held-out
+reward is taken. Then it runs from SEEDS. Nothing else is tuned: what an algorithm's authors chose stands in METHODS or is its default.
+Held-out prompts never appear in training; the rules (right number, right background colour, measured in the pixels) are watched and
+never trained on. Writes table.md, learning.png and cost.png into the folder.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+RATES, SEARCH_SEED, SEEDS = (3e-4, 1e-3, 3e-3), 100, (0, 1, 2)
+ITERATIONS, EVERY = 16, 8
+GOAL = 0.03  # of held-out CLIP score, for "pictures and seconds to"
+MODELS = {
+    "eps": ["model={name: sd, path: menagerie}"],
+    "flow": ["model={name: sd3, path: menagerie-flow}"],
+}
+ODE = ["rollout.solver={name: 'diffusion:DDIM', eta: 0}"]
+EVERYWHERE = {
+    "eps": ["rollout.solver={name: 'diffusion:DDIM', eta: 1, min_sigma: 0}"],
+    "flow": ["rollout.solver={name: 'diffusion:FlowSDE', noise_level: 0.7}"],
+}
+WINDOW = ["rollout.window={name: 'window:First', length: 2}"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm as the config names it, and where its sampler adds noise: in all steps, in the first two, or nowhere.
+
+    The first two of eight steps are the noisiest 30 % of the schedule; `lowest: 0.6` is the same idea for what looks at pictures
+    that are noised anew. Both are there with and without.
+    """
+
+    algorithm: str
+    noise: Literal["everywhere", "window", "nowhere"] = "nowhere"
+    more: tuple[str, ...] = ()
+
+    def words(self, model: str) -> list[str]:
+        sampler = ODE if self.noise == "nowhere" else EVERYWHERE[model] + (WINDOW if self.noise == "window" else [])
+        return [f"algorithm={self.algorithm}", *sampler, *self.more]
+
+
+UNSCALED = ("advantage={name: 'advantage:GroupRelative', scale: none}",)
+METHODS = {
+    "DDPO, all steps": Method("{name: 'ddpo:DDPO', clip: 1.0e-3}", "everywhere"),
+    "DDPO": Method("{name: 'ddpo:DDPO', clip: 1.0e-3}", "window"),
+    "DDPO-SF": Method("{name: 'ddpo:ScoreFunction'}", "window", ("optimizer.updates=1",)),
+    "GRPO": Method("{name: 'grpo:GRPO', clip: 1.0e-3}", "window"),
+    "GRPO-Guard": Method("{name: 'grpo:GRPOGuard', clip: 2.0e-3}", "window"),
+    "Flow-DPPO": Method("{name: 'grpo:FlowDPPO', delta: 1.0e-3}", "window"),
+    "DPOK": Method("{name: 'dpok:DPOK', clip: 1.0e-3}", "window", ("advantage={name: 'advantage:Standardised'}",)),
+    "D3PO": Method("{name: 'dpo:D3PO'}", "window"),
+    "NFT, all levels": Method("{name: 'forward:NFT', max_advantage: 2.0}"),
+    "NFT": Method("{name: 'forward:NFT', max_advantage: 2.0, lowest: 0.6}"),
+    "AWM, all levels": Method("{name: 'forward:AWM', times: 2, kl: 0.0}"),
+    "AWM": Method("{name: 'forward:AWM', times: 2, kl: 0.0, lowest: 0.6}"),
+    "EPG": Method("{name: 'elbo:EPG', lowest: 0.6}"),
+    "PEPG": Method("{name: 'elbo:PEPG', lowest: 0.6}"),
+    "RAM": Method("{name: 'ram:RAM', temperature: 0.02, lowest: 0.6}", "nowhere", UNSCALED),
+    "RWR": Method("{name: 'forward:RWR', lowest: 0.6}"),
+    "RAFT (best of 8)": Method("{name: 'forward:RAFT', lowest: 0.6}"),
+    "Diffusion-DPO": Method("{name: 'dpo:DiffusionDPO'}"),
+    "DRaFT-1": Method("{name: 'draft:DRaFT'}"),
+    "DRaFT-LV": Method("{name: 'draft:DRaFTLV'}"),
+    "AlignProp": Method("{name: 'draft:AlignProp', steps: 8}"),
+    "ReFL": Method("{name: 'draft:ReFL', steps: 4}"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the trainer."""
+
+    model: str
+    method: str
+    rate: float
+    seed: int
+    iterations: int
+
+    def folder(self, root: Path) -> Path:
+        return (
+            root
+            / self.model
+            / f"{'-'.join(re.findall('[A-Za-z0-9]+', self.method))}-lr{self.rate:g}-seed{self.seed}-{self.iterations}"
+        )
+
+    def run(self, root: Path) -> None:
+        """Train; nothing where that was done before. Stops all where it fails."""
+        folder = self.folder(root)
+        if _finished(folder):
+            return
+        words = [
+            *MODELS[self.model], *METHODS[self.method].words(self.model), f"optimizer.lr={self.rate}", f"run.seed={self.seed}",
+            f"run.iterations={self.iterations}", f"run.eval_every={min(EVERY, self.iterations)}", "run.save_every=100", "run.threads=1",
+            "rollout.prompts=8", "evaluation.prompts=64", "evaluation.seeds=2", "held_out_rewards=[{name: 'scene:Scene'}]",
+            f"run.output={folder}",
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "ddpo.train", "configs/menagerie_alignment.yaml", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise RuntimeError(f"{folder}: {done.stderr.strip()[-2000:]}")
+        print(f"{folder}: {_told(self.curve(root)[-1])}", flush=True)
+
+    def curve(self, root: Path) -> list[dict]:
+        """The lines of metrics that hold an evaluation, each with the seconds spent on drawing, scoring and learning so far."""
+        lines = [json.loads(line) for line in (self.folder(root) / "metrics.jsonl").read_text().splitlines()]
+        spent, evaluated = 0.0, []
+        for line in lines:
+            spent += sum(line.get(f"seconds/{part}", 0.0) for part in ("rollout", "reward", "update"))
+            if "eval/win_rate" in line:
+                evaluated.append(line | {"spent": spent})
+        return evaluated
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "run.json").exists() and json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def _told(line: dict) -> str:
+    return f"CLIP {line['eval/clip/delta']:+.4f}, rules {line['eval/scene/delta']:+.3f}, {line['spent']:.0f} s"
+
+
+def chosen_rate(root: Path, model: str, method: str, iterations: int, rates: tuple[float, ...]) -> float:
+    """The learning rate with the highest held-out reward after the search. A run that fell apart (NaN) loses."""
+    if len(rates) == 1:
+        return rates[0]
+    gains = {rate: Job(model, method, rate, SEARCH_SEED, iterations).curve(root)[-1]["eval/clip/delta"] for rate in rates}
+    return max(gains, key=lambda rate: -math.inf if math.isnan(gains[rate]) else gains[rate])
+
+
+def at(curve: list[dict], axis: str, where: float, key: str) -> float:
+    """A metric at a point of the curve, on the straight line between its neighbours; NaN past its end."""
+    for before, after in itertools.pairwise(curve):
+        if before[axis] <= where <= after[axis]:
+            share = (where - before[axis]) / (after[axis] - before[axis])
+            return before[key] + share * (after[key] - before[key])
+    return math.nan
+
+
+def reached(curve: list[dict], axis: str, goal: float) -> float:
+    """Where the held-out gain first reaches the goal; infinity where it never does."""
+    for before, after in itertools.pairwise(curve):
+        low, high = before["eval/clip/delta"], after["eval/clip/delta"]
+        if low < goal <= high:
+            return before[axis] + (goal - low) / (high - low) * (after[axis] - before[axis])
+    return math.inf
+
+
+def table(root: Path, model: str, rates: dict[str, float], seeds: tuple[int, ...], iterations: int) -> str:
+    """Markdown, the best first: each figure is a mean over the seeds with the lowest and the highest."""
+    curves = {m: [Job(model, m, rate, seed, iterations).curve(root) for seed in seeds] for m, rate in rates.items()}
+    shortest = min(curve[-1]["spent"] for runs in curves.values() for curve in runs)
+    rows = []
+    for method, runs in curves.items():
+        ends = [curve[-1] for curve in runs]
+        rows.append((
+            -mean(e["eval/clip/delta"] for e in ends), method, f"{rates[method]:g}",
+            spread([e["eval/clip/delta"] for e in ends], "+.3f"),
+            spread([at(c, "spent", shortest, "eval/clip/delta") for c in runs], "+.3f"),
+            spread([e["eval/scene/delta"] for e in ends], "+.3f"),
+            spread([e["eval/diversity/tuned"] / e["eval/diversity/base"] - 1 for e in ends], "+.0%"),
+            spread([e["kl/step_nats"] for e in ends], ".2g"), spread([reached(c, "images", GOAL) for c in runs], ",.0f"),
+            spread([reached(c, "spent", GOAL) for c in runs], ",.0f"), spread([e["spent"] for e in ends], ",.0f"),
+        ))  # fmt: skip
+    head = (
+        f"| method | lr | CLIP score | after {shortest:.0f} s | rules | diversity | KL | images to +{GOAL} | seconds to it | seconds |",
+        "|" + "---|" * 10,
+    )
+    return "\n".join([*head, *("| " + " | ".join(row[1:]) + " |" for row in sorted(rows))]) + "\n"
+
+
+def spread(values: list[float], form: str) -> str:
+    """ "mean (lowest .. highest)", or "never" for the runs that did not get there."""
+    known = [v for v in values if math.isfinite(v)]
+    if len(known) < len(values):
+        return "never" if not known else f"{len(known)} of {len(values)} runs: {mean(known):{form}}"
+    return f"{mean(known):{form}}" + (f" ({min(known):{form}} .. {max(known):{form}})" if len(known) > 1 else "")
+
+
+def draw(root: Path, rates: dict[str, dict[str, float]], seeds: tuple[int, ...], iterations: int) -> None:
+    """learning.png: held-out gain by seconds. cost.png: the rules' gain by CLIP's, and diversity by KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    for name, axes_of in (
+        ("learning", [("images", "eval/clip/delta"), ("spent", "eval/clip/delta")]),
+        ("cost", [("eval/clip/delta", "eval/scene/delta"), ("kl/step_nats", "eval/diversity/tuned")]),
+    ):
+        figure, axes = plt.subplots(len(rates), 2, figsize=(12, 4.5 * len(rates)), squeeze=False)
+        for row, (model, chosen) in zip(axes, rates.items(), strict=True):
+            for axis, (x, y) in zip(row, axes_of, strict=True):
+                for i, (method, rate) in enumerate(chosen.items()):
+                    runs = [Job(model, method, rate, seed, iterations).curve(root) for seed in seeds]
+                    points = [[(mean(line.get(k, 0.0) for line in lines)) for k in (x, y)] for lines in zip(*runs, strict=True)]
+                    style = ("-", "--", ":", "-.")[i // 10]
+                    axis.plot(*zip(*points, strict=True), style, label=method, marker=".", color=f"C{i % 10}")
+                axis.set(xlabel=LABELS[x], ylabel=LABELS[y], title=f"{model} menagerie, mean of {len(seeds)} seeds")
+                axis.grid(alpha=0.3)
+            row[-1].legend(fontsize=7, ncols=2)
+        if name == "cost":
+            for axis in axes[:, 1]:
+                axis.set_xscale("symlog", linthresh=0.1)
+        figure.tight_layout()
+        figure.savefig(root / f"{name}.png", dpi=110)
+
+
+LABELS = {
+    "images": "pictures drawn", "spent": "seconds of drawing, scoring and learning", "eval/clip/delta": "held-out CLIP score, gain",
+    "eval/scene/delta": "rules, gain (never trained on)", "kl/step_nats": "KL to the base model, nats a step",
+    "eval/diversity/tuned": "diversity",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="where the runs go")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to search; a single one is taken")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, two iterations")
+    args = parser.parse_args()
+    seeds, tried, iterations = (SEEDS[:1], RATES[1:2], 2) if args.quick else (SEEDS, tuple(args.rates), ITERATIONS)
+
+    def work(jobs: list[Job]) -> None:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda job: job.run(args.root), jobs))
+
+    grid = [(model, method) for model in args.models for method in args.methods]
+    if len(tried) > 1:
+        work([Job(*cell, rate, SEARCH_SEED, iterations // 2) for cell in grid for rate in tried])
+    rates: dict[str, dict[str, float]] = {model: {} for model in args.models}
+    for model, method in grid:
+        rates[model][method] = chosen_rate(args.root, model, method, iterations // 2, tried)
+    work([Job(model, method, rates[model][method], seed, iterations) for seed in seeds for model, method in grid])
+    text = "\n".join(f"{model}\n\n{table(args.root, model, rates[model], seeds, iterations)}" for model in args.models)
+    (args.root / "table.md").write_text(text)
+    draw(args.root, rates, seeds, iterations)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A run's settings: the sections of a config file. Components bring their own options; here is what the loop itself asks."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+
+from ddpo.config import Component, In
+
+
+@dataclass(frozen=True)
+class Run:
+    """Config section `run`.
+
+    Args:
+        name: of the run folder under runs/; None is the config's own name and the time.
+        output: the run folder itself, instead. Running the same command again with it resumes.
+        seed: of all randomness.
+        iterations: rounds of acting and learning.
+        eval_every: iterations between evaluations; there is one before the first and one after the last.
+        save_every: iterations between checkpoints; there is one after each evaluation too.
+        threads: of each process on a CPU; None shares out all cores. Fewer where something else works beside it.
+    """
+
+    name: str | None = None
+    output: str | None = None
+    seed: Annotated[int, Ge(0)] = 0
+    iterations: Annotated[int, Ge(1)] = 100
+    eval_every: Annotated[int, Ge(1)] = 10
+    save_every: Annotated[int, Ge(1)] = 10
+    threads: Annotated[int, Ge(1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Config section `prompts`: each a .txt or .jsonl file or the name of a built-in list.
+
+    Args:
+        train: None where `rollout.pictures` brings prompts of its own.
+        held_out: to evaluate on.
+    """
+
+    train: str | None = None
+    held_out: str
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Config section `rollout`: how pictures are made.
+
+    Args:
+        solver: the sampler.
+        num_steps: denoising steps a picture.
+        guidance: scale of classifier-free guidance, in acting and in learning; 1 is none.
+        prompts: prompt groups an iteration, over all processes.
+        group_size: pictures a group.
+        batch_size: pictures that go through the network at a time, on each process.
+        pictures: a .jsonl file of scored pictures or of votes (ddpo/offline.py) to learn from: nothing is drawn but in evaluations,
+            and the rewards judge these only. A group of it is `group_size` of a prompt's pictures, of votes 2.
+        window: which of the solver's stochastic steps add noise, and are learned from; None is all. Others follow the ODE.
+        choice: which prompts an iteration is about; None takes each once, then each again in another order.
+    """
+
+    solver: Annotated[Component, In("ddpo")]
+    num_steps: Annotated[int, Ge(1)] = 50
+    guidance: Annotated[float, Ge(0)] = 5.0
+    prompts: Annotated[int, Ge(1)] = 8
+    group_size: Annotated[int, Ge(1)] = 8
+    batch_size: Annotated[int, Ge(1)] = 8
+    window: Annotated[Component, In("ddpo")] | None = None
+    choice: Annotated[Component, In("ddpo")] | None = None
+    pictures: str | None = None
+
+    @property
+    def images(self) -> int:
+        """Pictures an iteration."""
+        return self.prompts * self.group_size
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Config section `optimizer`: AdamW on the LoRA weights.
+
+    Args:
+        lr: learning rate.
+        updates: optimizer steps an epoch; each takes an equal share of the iteration's groups.
+        epochs: times that an iteration's pictures are gone through.
+        micro_batch: rows of one backward pass, on each process; gradients add up to the whole update.
+        max_grad_norm: gradients are scaled down to this norm.
+        weight_decay: AdamW's.
+        eight_bit: keep Adam's moments in 8 bits (needs bitsandbytes and a GPU).
+    """
+
+    lr: Annotated[float, Gt(0)] = 3e-4
+    updates: Annotated[int, Ge(1)] = 1
+    epochs: Annotated[int, Ge(1)] = 1
+    micro_batch: Annotated[int, Ge(1)] = 8
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    eight_bit: bool = False
+
+    def build(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Raises ImportError, with the fix, where eight_bit is asked for and bitsandbytes is not there."""
+        if not self.eight_bit:
+            return torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay)
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as e:
+            raise ImportError("optimizer.eight_bit needs bitsandbytes: pip install 'ddpo[bnb]', or set it to false") from e
+        return AdamW8bit(weights, self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Config section `evaluation`: held-out prompts, drawn by the deterministic sampler that users will run.
+
+    Args:
+        prompts: how many, spread evenly over the held-out list.
+        seeds: pictures a prompt; two at least, to measure diversity.
+        num_steps: None is rollout.num_steps.
+    """
+
+    prompts: Annotated[int, Ge(1)] = 32
+    seeds: Annotated[int, Ge(1)] = 2
+    num_steps: Annotated[int, Ge(1)] | None = None

@@ -1,0 +1,61 @@
+"""The comparison of algorithms: its recipes are valid, its figures are right, and it runs."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpo.experiment import read
+from tests.test_kill import ENVIRONMENT
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "benchmarks" / "algorithms.py"
+spec = importlib.util.spec_from_file_location("algorithms", FILE)
+algorithms = sys.modules["algorithms"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(algorithms)
+
+
+@pytest.mark.parametrize("model", algorithms.MODELS)
+def test_every_method_of_the_comparison_is_a_recipe(model):
+    seen = set()
+    for name, method in algorithms.METHODS.items():
+        words = [*algorithms.MODELS[model], *method.words(model), "rollout.prompts=8"]
+        recipe = read(str(ROOT / "configs" / "menagerie_alignment.yaml"), words, 1).recipe
+        solver = recipe.rollout.solver.build()
+        assert solver.stochastic == (method.noise != "nowhere"), name
+        assert method.noise != "everywhere" or getattr(solver, "min_sigma", 0) == 0, name
+        seen.add(str((recipe.algorithm, recipe.rollout.solver, recipe.rollout.window)))
+    assert len(seen) == len(algorithms.METHODS)  # no two are the same under two names
+
+
+CURVE = [{"images": i, "spent": s, "eval/clip/delta": d} for i, s, d in ((0, 0.0, 0.0), (100, 10.0, 0.02), (200, 30.0, 0.04))]
+
+
+def test_points_of_a_curve_lie_on_its_lines():
+    assert algorithms.at(CURVE, "spent", 20.0, "eval/clip/delta") == pytest.approx(0.03)
+    assert algorithms.reached(CURVE, "images", 0.03) == pytest.approx(150)
+    assert algorithms.reached(CURVE, "spent", 0.01) == pytest.approx(5.0)
+    assert algorithms.reached(CURVE, "spent", 0.05) == math.inf and math.isnan(algorithms.at(CURVE, "spent", 31.0, "images"))
+
+
+def test_seconds_are_of_drawing_scoring_and_learning_and_not_of_evaluating(tmp_path):
+    job = algorithms.Job("eps", "DDPO, all steps", 1e-3, 0, 4)
+    assert job.folder(tmp_path).name == "DDPO-all-steps-lr0.001-seed0-4"
+    job.folder(tmp_path).mkdir(parents=True)
+    part = {"seconds/rollout": 2.0, "seconds/reward": 0.5, "seconds/update": 1.0, "seconds/eval": 9.0}
+    lines = [{"iteration": 0, "eval/win_rate": 0.5, "seconds/eval": 9.0}, part, part | {"eval/win_rate": 0.6}]
+    (job.folder(tmp_path) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [line["spent"] for line in job.curve(tmp_path)] == [0.0, 7.0]
+
+
+@pytest.mark.slow
+def test_the_quick_comparison_writes_its_table_and_plots(tmp_path):
+    command = [sys.executable, str(FILE), str(tmp_path), "--quick", "--methods", "DDPO", "RAFT (best of 8)", "--jobs", "1"]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| DDPO |") == table.count("| RAFT (best of 8) |") == 2
+    assert (tmp_path / "learning.png").exists() and (tmp_path / "cost.png").exists()
