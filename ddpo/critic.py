@@ -14,7 +14,6 @@ from ddpo.checkpoint import pack_optimizer, unpack_optimizer
 from ddpo.models import Family
 from ddpo.noise import generator
 from ddpo.rollout import Rollout
-from ddpo.schedule import Schedule
 
 GRID = 8  # the latent is pooled to this many places a side, at most: what is settled early is coarse
 WIDTH = 32  # channels
@@ -153,12 +152,7 @@ def _states(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled latents (N, K, C, h, w), shares of noise (N, K) and text (N, width) of the steps with noise."""
     height, width = (min(GRID, side) for side in rollout.latents.shape[-2:])
     pooled = [adaptive_avg_pool2d(rollout.latents[:, step], (height, width)) for step in rollout.stochastic]
-    noise = _noise_share(rollout.schedule, rollout.times[rollout.stochastic]).to(rollout.latents)
+    noise = rollout.schedule.level(rollout.times[rollout.stochastic]).flow_time.to(rollout.latents)
     text = rollout.cond["text"].float().mean(1)
     text = layer_norm(text, text.shape[1:])[rollout.cond_rows]  # encoders differ in scale
     return torch.stack(pooled, 1), noise.expand(len(rollout), -1), text
-
-
-def _noise_share(schedule: Schedule, times: Tensor) -> Tensor:
-    level = schedule.level(times)
-    return level.sigma / (level.alpha + level.sigma)

@@ -33,6 +33,11 @@ class Level(NamedTuple):
     alpha: Tensor
     sigma: Tensor
 
+    @property
+    def flow_time(self) -> Tensor:
+        """(B,) between 0 (clean) and 1 (noise): on any schedule, a latent over alpha + sigma is a flow's latent at this time."""
+        return self.sigma / (self.alpha + self.sigma)
+
     def noise(self, x0: Tensor, eps: Tensor) -> Tensor:
         return _spread(self.alpha, x0) * x0 + _spread(self.sigma, x0) * eps
 

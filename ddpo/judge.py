@@ -84,8 +84,8 @@ class Judge:
                 f"{share:.0%} of this iteration's pictures could not be scored, more than objective.max_missing={self.max_missing:g} "
                 "allows. Mend the scorer, or raise it."
             )
-        compared = len(set(texts)) < len(texts)  # pictures that are one each of their prompt say nothing of this
-        self.flat = self.flat + 1 if compared and zero_spread(wanted, texts) == 1 else 0
+        # A single picture is like itself: that says nothing.
+        self.flat = self.flat + 1 if len(texts) > 1 and zero_spread(wanted, texts) == 1 else 0
         if self.flat >= FLAT_LIMIT:
             raise RewardError(
                 f"the rewards give no gradient: {self.flat} iterations running, all pictures of each prompt scored alike. Look at "

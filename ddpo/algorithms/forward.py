@@ -60,7 +60,10 @@ class ForwardProcess(Algorithm[Noised]):
         key = int(torch.randint(2**62, (), generator=draw))
         for chunk in batch.chunks(size):
             for stretch in range(self.times):
-                yield chunk.noised(key, stretch, self.times, self.shared, self.lowest)
+                yield self._view(chunk, key, stretch)
+
+    def _view(self, chunk: Rollout, key: int, stretch: int) -> Noised:
+        return chunk.noised(key, stretch, self.times, self.shared, self.lowest)
 
     def passes(self, stochastic_steps: int) -> int:
         return self.times

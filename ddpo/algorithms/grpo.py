@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ddpo.algorithms import Replay, clipped_surrogate
 from ddpo.algorithms.ddpo import DDPO, ScoreFunction
-from ddpo.diffusion import Level
 from ddpo.policy import Policy
 
 
@@ -85,7 +84,7 @@ class GRPOGuard(_Anchored):
         ratio = (noise * (step.mean - old)).flatten(1).mean(1).double().exp()  # float32 knows 1 + 2e-6 to 3 % only
         loss, metrics = clipped_surrogate(ratio, advantage, self.clip)
         level = step.policy.family.schedule.level
-        length = _flow_time(level(view.t)) - _flow_time(level(view.t_next))
+        length = level(view.t).flow_time - level(view.t_next).flow_time
         return (loss / length).to(step.log_ratio), metrics
 
 
@@ -109,8 +108,3 @@ class FlowDPPO(_Anchored):
         stopped = outward & (moved > self.delta)
         loss = torch.where(stopped, 0.0, -advantage * step.log_ratio.exp())
         return loss, {"clip_fraction": stopped.float(), "kl/old": moved}
-
-
-def _flow_time(level: Level) -> Tensor:
-    """(B,) between 0 (clean) and 1 (noise)."""
-    return level.sigma / (level.alpha + level.sigma)

@@ -17,7 +17,6 @@ arXiv 2605.10759); the second is the path cost, less a baseline that has mean ze
 section 5), which was not at hand: this one was derived here, and tests/test_sampler.py checks it where the truth is known.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -87,13 +86,10 @@ class RAM(ForwardProcess):
     def start(self, policy: Policy, iteration: int) -> None:
         policy.remember("old")
 
-    def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Noised]:
-        key = int(torch.randint(2**62, (), generator=draw))
-        for chunk in batch.chunks(size):
-            for stretch in range(self.times):
-                view = chunk.noised(key, stretch, self.times, self.shared, self.lowest)
-                points = [_nearer(view, chunk, (key, stretch), i, self.path_cost) for i in range(self.path_cost)]
-                yield Bridged(**{f.name: getattr(view, f.name) for f in fields(Noised)}, points=points)
+    def _view(self, chunk: Rollout, key: int, stretch: int) -> Bridged:
+        view = super()._view(chunk, key, stretch)
+        points = [_nearer(view, chunk, (key, stretch), i, self.path_cost) for i in range(self.path_cost)]
+        return Bridged(**{f.name: getattr(view, f.name) for f in fields(Noised)}, points=points)
 
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(view, Bridged), "RAM learns from its own views"
