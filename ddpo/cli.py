@@ -1,4 +1,4 @@
-"""The console command: `ddpo train|generate|report|rewards`."""
+"""The console command: `ddpo train|generate|app|report|rewards`."""
 
 import argparse
 import sys
@@ -13,6 +13,10 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["train"]:  # its words are a config and its overrides: they have a parser of their own
         return train.main(words[1:])
+    if words[:1] == ["app"]:
+        from ddpo.app.frame import main as serve
+
+        return serve(words[1:])
     parser = argparse.ArgumentParser(prog="ddpo", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("train", help="train on one process; `accelerate launch -m ddpo.train` is for several", add_help=False)
@@ -23,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument("-p", "--prompt", required=True)
     generate.add_argument("--seeds", type=int, default=4, help="pairs, from seed 0 on")
     generate.add_argument("-o", "--output", type=Path, default=Path("pairs.png"))
+    verbs.add_parser("app", help="look at runs, compare, draw, vote and score in the browser", add_help=False)
     verbs.add_parser("rewards", help="list, try, serve and train reward scorers", add_help=False)
     try:
         if words[:1] == ["rewards"]:

@@ -21,7 +21,7 @@ FLOORS = [  # a room may import from the floors above its own line, never sidewa
     {"ddpo.rollout", "ddpo.deal", "ddpo.estimate", "ddpo.checkpoint", "ddpo.journal", "ddpo.sections", "ddpo.rewarding"},
     {"ddpo.algorithms", "ddpo.offline", "ddpo.window", "ddpo.evaluate", "ddpo.report", "ddpo.export", "ddpo.progress"},
     {"ddpo.trainer"},
-    {"ddpo.train", "ddpo.cli", "ddpo.experiment"},
+    {"ddpo.train", "ddpo.cli", "ddpo.experiment", "ddpo.app"},
 ]
 PARTS_OF = {  # a room too large for one file
     "ddpo.schedule": "ddpo.diffusion",
@@ -31,10 +31,13 @@ PARTS_OF = {  # a room too large for one file
     "ddpo.judge": "ddpo.trainer", "ddpo.views": "ddpo.rollout", "ddpo.scorers": "ddpo.cli",
     "ddpo.critic": "ddpo.algorithms",
 }  # fmt: skip
-SHARED = {("ddpo.cli", "ddpo.train"), ("ddpo.cli", "ddpo.experiment"), ("ddpo.train", "ddpo.experiment")}
+SHARED = {
+    ("ddpo.cli", "ddpo.train"), ("ddpo.cli", "ddpo.experiment"), ("ddpo.train", "ddpo.experiment"), ("ddpo.cli", "ddpo.app"),
+    ("ddpo.app", "ddpo.experiment"),
+}  # fmt: skip
 ONLY_IN = {
     "diffusers": {"ddpo.models", "ddpo.menagerie"}, "peft": {"ddpo.policy"}, "accelerate": {"ddpo.trainer", "ddpo.experiment"},
-    "rich": {"ddpo.progress", "ddpo.menagerie"}, "open_clip": {"rewards", "ddpo.menagerie"},
+    "rich": {"ddpo.progress", "ddpo.menagerie"}, "open_clip": {"rewards", "ddpo.menagerie"}, "gradio": {"ddpo.app"},
 }  # fmt: skip
 
 
