@@ -7,7 +7,9 @@ Every method tunes the built-in models for their CLIP score on the same prompts 
 learning rate is searched first: each of RATES for half the iterations on a seed of its own, and the one with the highest held-out
 reward is taken. Then it runs from SEEDS. Nothing else is tuned: what an algorithm's authors chose stands in METHODS or is its default.
 Held-out prompts never appear in training; the rules (right number, right background colour, measured in the pixels) are watched and
-never trained on. Writes table.md, learning.png and cost.png into the folder.
+never trained on. Seconds are not those of the runs, which may share the machine: each method is timed by itself, a few iterations one
+method after the other; leave the machine alone while that goes on (it is the last thing done). Writes table.md, learning.png and
+cost.png into the folder.
 """
 
 import argparse
@@ -21,11 +23,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Literal
 
 RATES, SEARCH_SEED, SEEDS = (3e-4, 1e-3, 3e-3), 100, (0, 1, 2)
 ITERATIONS, EVERY = 16, 8
+TIMED = 4  # iterations; the first, in which the machine warms up, does not count
 GOAL = 0.03  # of held-out CLIP score, for "pictures and seconds to"
 MODELS = {
     "eps": ["model={name: sd, path: menagerie}"],
@@ -92,13 +95,11 @@ class Job:
     rate: float
     seed: int
     iterations: int
+    pictures: int = 64  # prompts of an evaluation
 
     def folder(self, root: Path) -> Path:
-        return (
-            root
-            / self.model
-            / f"{'-'.join(re.findall('[A-Za-z0-9]+', self.method))}-lr{self.rate:g}-seed{self.seed}-{self.iterations}"
-        )
+        name = f"{'-'.join(re.findall('[A-Za-z0-9]+', self.method))}-lr{self.rate:g}-seed{self.seed}-{self.iterations}"
+        return root / self.model / name
 
     def run(self, root: Path) -> None:
         """Train; nothing where that was done before. Stops all where it fails."""
@@ -108,24 +109,35 @@ class Job:
         words = [
             *MODELS[self.model], *METHODS[self.method].words(self.model), f"optimizer.lr={self.rate}", f"run.seed={self.seed}",
             f"run.iterations={self.iterations}", f"run.eval_every={min(EVERY, self.iterations)}", "run.save_every=100", "run.threads=1",
-            "rollout.prompts=8", "evaluation.prompts=64", "evaluation.seeds=2", "held_out_rewards=[{name: 'scene:Scene'}]",
+            "rollout.prompts=8", f"evaluation.prompts={self.pictures}", "evaluation.seeds=2", "held_out_rewards=[{name: 'scene:Scene'}]",
             f"run.output={folder}",
         ]  # fmt: skip
         command = [sys.executable, "-m", "ddpo.train", "configs/menagerie_alignment.yaml", *words]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             raise RuntimeError(f"{folder}: {done.stderr.strip()[-2000:]}")
-        print(f"{folder}: {_told(self.curve(root)[-1])}", flush=True)
+        print(f"{folder}: {_told(self.evaluations(root)[-1])}", flush=True)
+
+    def lines(self, root: Path) -> list[dict]:
+        return [json.loads(line) for line in (self.folder(root) / "metrics.jsonl").read_text().splitlines()]
+
+    def evaluations(self, root: Path) -> list[dict]:
+        return [line for line in self.lines(root) if "eval/win_rate" in line]
 
     def curve(self, root: Path) -> list[dict]:
-        """The lines of metrics that hold an evaluation, each with the seconds spent on drawing, scoring and learning so far."""
-        lines = [json.loads(line) for line in (self.folder(root) / "metrics.jsonl").read_text().splitlines()]
-        spent, evaluated = 0.0, []
-        for line in lines:
-            spent += sum(line.get(f"seconds/{part}", 0.0) for part in ("rollout", "reward", "update"))
-            if "eval/win_rate" in line:
-                evaluated.append(line | {"spent": spent})
-        return evaluated
+        """The evaluations, each with the seconds of drawing, scoring and learning that it takes to get there."""
+        pace = clock(self.model, self.method, self.iterations).seconds(root)
+        return [line | {"spent": line["iteration"] * pace} for line in self.evaluations(root)]
+
+    def seconds(self, root: Path) -> float:
+        """Of an iteration, the median of those after the first."""
+        parts = ("rollout", "reward", "update")
+        return median(sum(line.get(f"seconds/{part}", 0.0) for part in parts) for line in self.lines(root)[2:])
+
+
+def clock(model: str, method: str, iterations: int) -> Job:
+    """The run by which a method is timed: few iterations, hardly any evaluation."""
+    return Job(model, method, RATES[1], SEARCH_SEED, min(TIMED, iterations), pictures=2)
 
 
 def _finished(folder: Path) -> bool:
@@ -133,14 +145,14 @@ def _finished(folder: Path) -> bool:
 
 
 def _told(line: dict) -> str:
-    return f"CLIP {line['eval/clip/delta']:+.4f}, rules {line['eval/scene/delta']:+.3f}, {line['spent']:.0f} s"
+    return f"CLIP {line['eval/clip/delta']:+.4f}, rules {line['eval/scene/delta']:+.3f}"
 
 
 def chosen_rate(root: Path, model: str, method: str, iterations: int, rates: tuple[float, ...]) -> float:
     """The learning rate with the highest held-out reward after the search. A run that fell apart (NaN) loses."""
     if len(rates) == 1:
         return rates[0]
-    gains = {rate: Job(model, method, rate, SEARCH_SEED, iterations).curve(root)[-1]["eval/clip/delta"] for rate in rates}
+    gains = {rate: Job(model, method, rate, SEARCH_SEED, iterations).evaluations(root)[-1]["eval/clip/delta"] for rate in rates}
     return max(gains, key=lambda rate: -math.inf if math.isnan(gains[rate]) else gains[rate])
 
 
@@ -240,8 +252,8 @@ def main() -> None:
     args = parser.parse_args()
     seeds, tried, iterations = (SEEDS[:1], RATES[1:2], 2) if args.quick else (SEEDS, tuple(args.rates), ITERATIONS)
 
-    def work(jobs: list[Job]) -> None:
-        with ThreadPoolExecutor(args.jobs) as pool:
+    def work(jobs: list[Job], at_a_time: int = args.jobs) -> None:
+        with ThreadPoolExecutor(at_a_time) as pool:
             list(pool.map(lambda job: job.run(args.root), jobs))
 
     grid = [(model, method) for model in args.models for method in args.methods]
@@ -250,7 +262,9 @@ def main() -> None:
     rates: dict[str, dict[str, float]] = {model: {} for model in args.models}
     for model, method in grid:
         rates[model][method] = chosen_rate(args.root, model, method, iterations // 2, tried)
-    work([Job(model, method, rates[model][method], seed, iterations) for seed in seeds for model, method in grid])
+    pictures = 4 if args.quick else Job.pictures
+    work([Job(model, method, rates[model][method], seed, iterations, pictures) for seed in seeds for model, method in grid])
+    work([clock(model, method, iterations) for model, method in grid], 1)
     text = "\n".join(f"{model}\n\n{table(args.root, model, rates[model], seeds, iterations)}" for model in args.models)
     (args.root / "table.md").write_text(text)
     draw(args.root, rates, seeds, iterations)

@@ -42,14 +42,21 @@ def test_points_of_a_curve_lie_on_its_lines():
     assert algorithms.reached(CURVE, "spent", 0.05) == math.inf and math.isnan(algorithms.at(CURVE, "spent", 31.0, "images"))
 
 
-def test_seconds_are_of_drawing_scoring_and_learning_and_not_of_evaluating(tmp_path):
-    job = algorithms.Job("eps", "DDPO, all steps", 1e-3, 0, 4)
-    assert job.folder(tmp_path).name == "DDPO-all-steps-lr0.001-seed0-4"
-    job.folder(tmp_path).mkdir(parents=True)
-    part = {"seconds/rollout": 2.0, "seconds/reward": 0.5, "seconds/update": 1.0, "seconds/eval": 9.0}
-    lines = [{"iteration": 0, "eval/win_rate": 0.5, "seconds/eval": 9.0}, part, part | {"eval/win_rate": 0.6}]
-    (job.folder(tmp_path) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [line["spent"] for line in job.curve(tmp_path)] == [0.0, 7.0]
+def test_seconds_are_of_drawing_scoring_and_learning_by_themselves(tmp_path):
+    job = algorithms.Job("eps", "DDPO, all steps", 1e-3, 0, 16)
+    assert job.folder(tmp_path).name == "DDPO-all-steps-lr0.001-seed0-16"
+
+    def write(folder, lines):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def spent(seconds):  # by an iteration that also evaluates
+        return {"seconds/rollout": seconds, "seconds/reward": 0.5, "seconds/update": 1.0, "seconds/eval": 99.0}
+
+    evaluations = [{"iteration": i, "eval/win_rate": 0.5, **spent(50.0)} for i in (0, 8, 16)]
+    write(job.folder(tmp_path), evaluations)  # beside other work: its own seconds do not count
+    write(algorithms.clock(job.model, job.method, 16).folder(tmp_path), [spent(s) for s in (9.0, 9.0, 2.0, 2.0, 7.0)])
+    assert [line["spent"] for line in job.curve(tmp_path)] == [0.0, 8 * 3.5, 16 * 3.5]
 
 
 @pytest.mark.slow
