@@ -108,8 +108,9 @@ class Job:
             return
         words = [
             *MODELS[self.model], *METHODS[self.method].words(self.model), f"optimizer.lr={self.rate}", f"run.seed={self.seed}",
-            f"run.iterations={self.iterations}", f"run.eval_every={min(EVERY, self.iterations)}", "run.save_every=100", "run.threads=1",
-            "rollout.prompts=8", f"evaluation.prompts={self.pictures}", "evaluation.seeds=2", "held_out_rewards=[{name: 'scene:Scene'}]",
+            f"run.iterations={self.iterations}", f"run.eval_every={min(EVERY, self.iterations)}", "run.save_every=100", "run.on_alarm=warn",
+            "run.threads=1", "rollout.prompts=8", f"evaluation.prompts={self.pictures}", "evaluation.seeds=2",
+            "held_out_rewards=[{name: 'scene:Scene'}]",
             f"run.output={folder}",
         ]  # fmt: skip
         command = [sys.executable, "-m", "ddpo.train", "configs/menagerie_alignment.yaml", *words]

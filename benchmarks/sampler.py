@@ -1,0 +1,84 @@
+"""Does the tuned model draw from p_base(x) exp(r(x) / lambda)? On the built-in model, whose colours can be counted.
+
+    python benchmarks/sampler.py runs/sampler                  # lambda 2, 1 and 0.5, three seeds; run it again to go on
+    python benchmarks/sampler.py runs/sampler --temperatures 1 --seeds 0
+
+The prompts name no background colour, and the reward is 1 where the background is of one colour, else 0. If the base model draws
+that colour in a share p of the pictures of a prompt, the tilted density has it in
+
+    q = p exp(1 / lambda) / (p exp(1 / lambda) + 1 - p)
+
+of them. Each run tunes with reinforce adjoint matching (`ram:RAM`, with its path cost), which should end at q, and stay there. Printed
+are the shares on held-out prompts, base and tuned by the same sampler from the same noise, with the interval of the tuned share over
+prompts, and q averaged over prompts by the base model's own share of each (from its pictures of that prompt, Laplace's rule).
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+COLOUR = "orange"
+
+
+def words(temperature: float, seed: int, iterations: int, output: Path) -> list[str]:
+    return [
+        "prompts={train: menagerie-no-colour, held_out: menagerie-no-colour-held-out}",
+        f"rewards=[{{name: 'scene:Colour', colour: {COLOUR}}}]",
+        "held_out_rewards=[{name: 'scene:Count'}, {name: clip, model: menagerie}]",
+        f"algorithm={{name: 'ram:RAM', temperature: {temperature}, path_cost: 1, times: 2}}",
+        "advantage={name: 'advantage:GroupRelative', scale: none}", "rollout.solver={name: 'diffusion:DDIM', eta: 0, min_sigma: 0}",
+        "rollout.prompts=8", "rollout.num_steps=16", "optimizer.lr=1.0e-3", f"run.seed={seed}", f"run.iterations={iterations}",
+        "run.eval_every=8", "run.save_every=8", "run.threads=1", "evaluation.prompts=32", "evaluation.seeds=8", f"run.output={output}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[2.0, 1.0, 0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=32)
+    args = parser.parse_args()
+    print("| lambda | seed | base | q | tuned after each evaluation |\n|---|---|---|---|---|")
+    for temperature in args.temperatures:
+        for seed in args.seeds:
+            folder = args.root / f"lambda{temperature:g}-seed{seed}"
+            command = [sys.executable, "-m", "ddpo.train", "configs/menagerie_alignment.yaml"]
+            done = subprocess.run(
+                [*command, *words(temperature, seed, args.iterations, folder)], capture_output=True, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(f"{folder}: {done.stderr.strip()[-2000:]}")
+            print(row(folder, temperature, seed), flush=True)
+
+
+def row(folder: Path, temperature: float, seed: int) -> str:
+    shares: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in (folder / "samples" / "index.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        shares[sample["iteration"]][sample["prompt"]].append(sample["scores"]["colour"])
+    base = [sum(scores) / len(scores) for scores in shares[0].values()]
+    expected = [tilted((sum(scores) + 0.1) / (len(scores) + 1), temperature) for scores in shares[0].values()]
+    told = [interval([sum(s) / len(s) for s in by_prompt.values()]) for i, by_prompt in sorted(shares.items()) if i]
+    return f"| {temperature:g} | {seed} | {interval(base)} | {sum(expected) / len(expected):.3f} | {', '.join(told)} |"
+
+
+def tilted(share: float, temperature: float) -> float:
+    weight = share * math.exp(1 / temperature)
+    return weight / (weight + 1 - share)
+
+
+def interval(shares: list[float]) -> str:
+    mean = sum(shares) / len(shares)
+    error = (sum((s - mean) ** 2 for s in shares) / len(shares) / (len(shares) - 1)) ** 0.5
+    return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
+
+
+if __name__ == "__main__":
+    main()
