@@ -13,12 +13,13 @@ All trained state is the same on every process, so one process writes, under `ru
 Object stores cannot rename and are not supported: write to a disk and copy.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +51,15 @@ class Checkpoint:
     state: dict  # as JSON gives it: tuples are lists, keys are strings
     tensors: Tensors  # on the CPU, the same to the bit
     path: Path
+
+    def like(self, stem: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file that must have just these names, shapes and dtypes; a MismatchedCheckpoint names the first other."""
+        found, remedy = self.tensors.get(stem, {}), "resume with the same model and LoRA, or choose another run.output=DIR"
+        for name in sorted(found.keys() | wanted.keys()):
+            then, now = (f"{v.dtype} {list(v.shape)}" if (v := t.get(name)) is not None else "absent" for t in (found, wanted))
+            if then != now:
+                raise MismatchedCheckpoint(f"{self.path}: {stem}: {name} is {then}, and the model's is {now}; {remedy}")
+        return found
 
 
 def fault(point: str) -> None:
@@ -135,11 +145,25 @@ def load(path: Path, identity: dict) -> Checkpoint:
     """
     path = Path(path)
     body = verify(path)
-    if different := _differences(body["identity"], json.loads(durable.encode(identity))):
-        remedy = "set them back, or choose another run.output=DIR to start a new run"
-        raise MismatchedCheckpoint(f"{path} was made with other settings: {'; '.join(different)} ({remedy})")
+    if different := manifest.differences(body["identity"], json.loads(durable.encode(identity))):
+        raise MismatchedCheckpoint(f"{path} was made with other settings: {different}")
     tensors = {name.removesuffix(".safetensors"): _read_tensors(path / name) for name in body["files"]}
     return Checkpoint(body["step"], body["state"], tensors, path)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where a checkpoint of this number is, if there is one."""
+    return Path(root) / f"step-{step:08d}"
+
+
+@contextlib.contextmanager
+def understood(root: Path) -> Iterator[None]:
+    """Inside, a whole checkpoint whose state is not what this program writes is told as a MismatchedCheckpoint."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        remedy = "use the ddpo that wrote it, or choose another run.output=DIR"
+        raise MismatchedCheckpoint(f"{root}: its state is not what this ddpo writes ({error!r}); {remedy}") from error
 
 
 def sweep(root: Path) -> None:
@@ -260,20 +284,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if bad := _not_finite(named):
         raise CorruptCheckpoint(f"{path}: holds NaN or infinity in {', '.join(bad)}; use another checkpoint")
     return named
-
-
-def _differences(then: dict, now: dict) -> list[str]:
-    old, new = _flat(then), _flat(now)
-    keys = [k for k in sorted(old.keys() | new.keys()) if k not in old or k not in new or old[k] != new[k]]
-    return [f"{k}: checkpoint {_shown(old, k)}, now {_shown(new, k)}" for k in keys]
-
-
-def _shown(flat: dict[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "absent"
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat

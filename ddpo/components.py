@@ -32,11 +32,24 @@ class In:
 
     `extra` is a dataclass whose fields stand beside the component's own options, as a reward's weight does. A function that
     takes all arguments in `called_with` is itself the component, to be called with them later: its others are options.
+    `among` are the modules of the package that hold such components, if not all do. A class without one of `members` is
+    another kind of component, and refused.
     """
 
     package: str
     extra: type | None = None
     called_with: tuple[str, ...] = ()
+    among: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+
+    def modules(self) -> list[str]:
+        """The modules that may be named shortly."""
+        return list(self.among) or modules(self.package)
+
+    def choice(self) -> str:
+        """For a message: what there is to choose from."""
+        named = [f"{name}:{kind}" for name in self.among for kind in _public(_imported(f"{self.package}.{name}"), self.members)]
+        return ", ".join(named or self.modules())
 
 
 @dataclass(frozen=True)
@@ -72,22 +85,27 @@ class NotFound(ValueError):
     """A name that leads to no component; the message lists what there is."""
 
 
-def find(name: str, package: str, called_with: tuple[str, ...] = ()) -> Callable[..., Any]:
+def find(
+    name: str, package: str, called_with: tuple[str, ...] = (), among: tuple[str, ...] = (), members: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """The class or function that a config means by `name`, or what makes the function, if that is itself the component.
 
+    The arguments are those of `In`.
+
     Raises:
-        NotFound: if there is none, or several, or the module cannot be imported.
+        NotFound: if there is none, or several, or the module cannot be imported, or it is of another kind.
     """
     place, _, attribute = name.partition(":")
     if not attribute and name in (offered := entry_points(package)):
-        return _deferred(_loaded(offered[name]), called_with)
+        return _deferred(_fitting(_loaded(offered[name]), In(package, among=among, members=members)), called_with)
     if place.endswith(".py"):
         module = _from_file(place)
     elif all(part.isidentifier() for part in place.split(".")):
-        module = _imported(place if "." in place else f"{package}.{place}")
+        module = _imported(place if "." in place else f"{package}.{place}", In(package, among=among, members=members))
     else:
         raise NotFound(f"{name!r} is no component's name; write module, module:Class, or path/to/file.py:Class")
-    return _deferred(_named(module, attribute) if attribute else _only(module, place), called_with)
+    found = _named(module, attribute, members) if attribute else _only(module, place, members)
+    return _deferred(_fitting(found, In(package, among=among, members=members)), called_with)
 
 
 def entry_points(package: str) -> dict[str, metadata.EntryPoint]:
@@ -123,9 +141,11 @@ def parameters(factory: Callable[..., Any]) -> dict[str, Parameter]:
     }
 
 
-def hint(word: Any, choice: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" where a choice is near enough, else ""."""
-    close = get_close_matches(str(word), list(choice), n=1)
+def hint(word: Any, choice: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean 'x'?" where a choice is near enough (`cutoff`, 0 to 1) or is its initials, else ""."""
+    choice = list(choice)
+    initials = "".join(part[:1] for part in str(word).split("_"))  # learning_rate, lr
+    close = get_close_matches(str(word), choice, n=1, cutoff=cutoff) or [c for c in choice if c == initials]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -159,7 +179,7 @@ def _loaded(offer: metadata.EntryPoint) -> Callable[..., Any]:
         raise NotFound(_failure(f"{offer.name!r} of {offer.value}", error)) from error
 
 
-def _imported(module: str) -> ModuleType:
+def _imported(module: str, place: In | None = None) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -168,6 +188,11 @@ def _imported(module: str) -> ModuleType:
             raise NotFound(_failure(module, error)) from error
         if error.name != module:
             raise NotFound(f"there is no module {error.name}; is its folder on PYTHONPATH?") from error
+        if place and place.among:
+            meant = [name for name in place.choice().split(", ") if name.lower().endswith(f":{leaf.lower()}")]
+            raise NotFound(
+                f"there is no module {leaf} in {parent}{hint(leaf, meant, 0) or ';'} choose of {place.choice()}"
+            ) from error
         raise NotFound(f"there is no module {leaf} in {parent}{_choice(leaf, modules(parent))}") from error
 
 
@@ -194,24 +219,42 @@ def _failure(module: str, error: Exception) -> str:
     return f"{module} cannot be imported: {type(error).__name__}: {error}{place}"
 
 
-def _public(module: ModuleType) -> Iterator[str]:
+def _public(module: ModuleType, members: tuple[str, ...]) -> Iterator[str]:
+    """The components of a module; where they must have members, the classes that do."""
     for name, value in vars(module).items():
         own = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__
-        if own and not name.startswith("_"):
+        if own and not name.startswith("_") and (not members or (inspect.isclass(value) and not _unfit(value, members))):
             yield name
 
 
-def _named(module: ModuleType, attribute: str) -> Callable[..., Any]:
+def _unfit(factory: Any, members: tuple[str, ...]) -> str:
+    """Why a class cannot be such a component, or "". What a function makes is not known yet."""
+    if not inspect.isclass(factory):
+        return ""
+    if inspect.isabstract(factory) or getattr(factory, "_is_protocol", False):
+        return f"{factory.__name__} is a base class and no component"
+    has = {name for kind in factory.__mro__ for name in (*vars(kind), *vars(kind).get("__annotations__", ()))}
+    missing = [name for name in members if name not in has]
+    return f"{factory.__name__} is another kind of component: it has no {missing[0]}" if missing else ""
+
+
+def _fitting(factory: Callable[..., Any], place: In) -> Callable[..., Any]:
+    if reason := _unfit(factory, place.members) if place.members else "":
+        raise NotFound(f"{reason}; choose of {place.choice()}")
+    return factory
+
+
+def _named(module: ModuleType, attribute: str, members: tuple[str, ...]) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if not callable(found):
-        choice = _choice(attribute, list(_public(module)))
+        choice = _choice(attribute, list(_public(module, members)))
         raise NotFound(f"there is no class or function {attribute} in {module.__name__}{choice}")
     return cast(Callable[..., Any], found)
 
 
-def _only(module: ModuleType, place: str) -> Callable[..., Any]:
+def _only(module: ModuleType, place: str, members: tuple[str, ...]) -> Callable[..., Any]:
     """The component that a module's name alone stands for."""
-    known = list(_public(module))
+    known = list(_public(module, members))
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     alike = [name for name in known if name.lower() == stem.lower().replace("_", "")]
     for names in (known, alike):

@@ -13,7 +13,6 @@ are the arguments of its class: there is no second list of them, and a misspelt 
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import isclass
@@ -24,8 +23,8 @@ from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from ddpo import yaml_lines
-from ddpo.components import Component, In, NotFound, Parameter, find, hint, modules, parameters
+from ddpo import wording, yaml_lines
+from ddpo.components import Component, In, NotFound, Parameter, find, hint, parameters
 from ddpo.yaml_lines import Keys, Node, Problems
 
 __all__ = ["Component", "Config", "ConfigError", "In", "dump", "load"]
@@ -64,18 +63,25 @@ class Config(Generic[T]):
             raise ConfigError(lines)
 
 
-def load(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> Config[T]:
+def load(path: str | Path | None, overrides: Sequence[str], schema: type[T], partly: bool = False) -> Config[T]:
     """Reads a YAML file (None: no file) and what it `extends`, lays `key.path=value` words over it, and checks all of it.
 
     Components are found and their options checked, but not built, for they may load weights; one that is a dataclass is
     built once and dropped, so that its __post_init__ has its say. If nothing is wrong and the schema has a method
     `problems()`, which yields (dotted key, what is wrong), it is asked last.
 
+    Args:
+        partly: pass over sections that the schema has not. For who needs some of a run's settings: the others may name files and
+            packages that are on another machine.
+
     Raises:
         ConfigError: with everything that is wrong at once.
     """
     problems = Problems()
-    root = yaml_lines.load(Path(path) if path else None, overrides, set(_component_keys(schema)), problems)
+    root = yaml_lines.load(None if path is None else Path(path), overrides, set(_component_keys(schema)), problems)
+    if root and partly and isinstance(root.value, dict):
+        known = {f.name for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+        root = replace(root, value={key: child for key, child in root.value.items() if key in known})
     recipe = _Check(problems).section(root, schema, ()) if root else None
     if root is None or recipe is None or problems:
         raise ConfigError(problems)
@@ -128,7 +134,7 @@ class _Check:
     def say(self, node: Node, at: Keys, message: str) -> None:
         self.problems.add(node.where, ".".join(at), message)
 
-    def value(self, node: Node, annotation: Any, at: Keys) -> Any:
+    def value(self, node: Node, annotation: Any, at: Keys, remedy: str = "") -> Any:
         kind = _required(annotation)
         if node.value is None and kind is not annotation:
             return None
@@ -138,7 +144,7 @@ class _Check:
             return self.component(node, place, at)
         if _is_section(kind):
             return self.section(node, kind, at)
-        return self.scalar(node, annotation, at)
+        return self.scalar(node, annotation, at, remedy)
 
     def items(self, node: Node, item: Any, at: Keys) -> list[Any] | None:
         if node.counts():
@@ -149,7 +155,8 @@ class _Check:
 
     def section(self, node: Node, schema: type[T], at: Keys) -> T | None:
         if not isinstance(node.value, dict):
-            self.say(node, at, f"should be a mapping of keys to values, got {_shown(node.plain())}")
+            takes = wording.keys(parameters(schema))
+            self.say(node, at, f"should be a mapping of keys to values, got {wording.shown(node.plain())}; it takes {takes}")
             return None
         values = self.bind(node, parameters(schema), at, at[-1] if at else "a config")
         return None if values is None else self.made(schema, values, node, at)
@@ -175,11 +182,11 @@ class _Check:
         """The class or function that a component's mapping names."""
         name = node.value.get("name") if isinstance(node.value, dict) else None
         if name is None or not isinstance(name.value, str):
-            choice = ", ".join(modules(place.package))
-            self.say(name or node, (*at, "name"), f"should name a component of {place.package}: {choice}")
+            said = f", got {wording.shown(name.plain() if name else node.plain())}"
+            self.say(name or node, (*at, "name"), f"should name a component of {place.package}: {place.choice()}{said}")
             return None
         try:
-            factory = find(name.value, place.package, place.called_with)
+            factory = find(name.value, place.package, place.called_with, place.among, place.members)
             reserved = {"name", *(parameters(place.extra) if place.extra else ())}
             if taken := reserved & parameters(factory).keys():
                 raise NotFound(f"{factory.__name__} has an argument {min(taken)!r}, which means something else here")
@@ -193,12 +200,16 @@ class _Check:
         before = len(self.problems)
         for key in node.value:
             if key not in accepted:
-                choice = f"{taker} takes {', '.join(accepted) or 'no options'}"
+                choice = f"{taker} takes {wording.keys(accepted)}"
                 self.say(node.value[key], (*at, key), f"unknown key{hint(key, accepted) or ';'} {choice}")
         for key, parameter in accepted.items():
             if parameter.default is None and key not in node.value:
-                self.say(node, (*at, key), f"missing; {taker} needs it")
-        given = {key: self.value(node.value[key], p.annotation, (*at, key)) for key, p in accepted.items() if key in node.value}
+                self.say(node, (*at, key), f"missing; {taker} needs it{_wanted(parameter.annotation)}")
+        given = {
+            key: self.value(node.value[key], p.annotation, (*at, key), wording.default(p))
+            for key, p in accepted.items()
+            if key in node.value
+        }
         return given if len(self.problems) == before else None
 
     def made(self, factory: Callable[..., T], values: dict[str, Any], node: Node, at: Keys) -> T | None:
@@ -208,7 +219,7 @@ class _Check:
             self.say(node, at, str(error))
             return None
 
-    def scalar(self, node: Node, annotation: Any, at: Keys) -> Any:
+    def scalar(self, node: Node, annotation: Any, at: Keys, remedy: str) -> Any:
         try:
             return TypeAdapter(annotation, config=_STRICT).validate_json(json.dumps(node.plain()))
         except PydanticUserError as error:
@@ -219,7 +230,8 @@ class _Check:
             for detail in error.errors():
                 wrong.setdefault(_written(node, detail["loc"]), []).append(detail)
         for keys, details in wrong.items():
-            self.say(node.nearest(keys), (*at, *keys), _reason(details))
+            said = wording.reason(details)
+            self.say(node.nearest(keys), (*at, *keys), said if keys or "; " in said else said + remedy)
 
 
 def _written(node: Node, loc: Iterable[int | str]) -> Keys:
@@ -230,24 +242,6 @@ def _written(node: Node, loc: Iterable[int | str]) -> Keys:
             break
         keys = (*keys, part)
     return keys
-
-
-_WORDS = {"Input should": "should", "array": "list", "an object": "a mapping", "Field required": "an item is missing"}
-
-
-def _reason(details: Sequence[Any]) -> str:
-    """Pydantic's words on one value (several, if each member of a union refuses it) as ours."""
-    text = " or ".join(dict.fromkeys(d["msg"] for d in details))
-    for theirs, ours in _WORDS.items():
-        text = text.replace(theirs, ours)
-    value = details[0]["input"]
-    expected = re.findall("'([^']*)'", " ".join(d.get("ctx", {}).get("expected", "") for d in details))
-    return f"{text}, got {_shown(value)}{hint(value, expected)}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _required(annotation: Any) -> Any:
@@ -268,6 +262,14 @@ def _place(kind: Any) -> In | None:
 
 def _is_section(kind: Any) -> bool:
     return isclass(kind) and dataclasses.is_dataclass(kind)
+
+
+def _wanted(annotation: Any) -> str:
+    """What a missing key should hold, where that is a component or a section."""
+    item = _item(_required(annotation))
+    if place := _place(item):
+        return f": name a component of {place.package}: {place.choice()}"
+    return f": a mapping of {wording.keys(parameters(item))}" if _is_section(item) else ""
 
 
 def _component_keys(schema: Any, at: Keys = ()) -> Iterator[Keys]:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ LARGEST_JSON = 16 << 20  # bytes; a larger one is not ours
 
 class FileError(RuntimeError):
     """A file or folder of a run could not be written, read or locked; the message says what, where, and what to do."""
+
+
+class UnusableFolder(FileError):
+    """No run can be in this folder: it cannot be made or written, or another run is in it."""
 
 
 class DamagedFile(FileError):
@@ -51,26 +56,40 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Holds a run's folder, made if missing, for this process; the kernel frees it however the process ends.
 
     Raises:
-        FileError: another run holds it (its pid and host are named), or the folder cannot be made, written or locked.
+        UnusableFolder: another run holds it (its pid and host are named), or the folder cannot be made, written or locked.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
-        with explained(f"{folder} cannot be a run's folder"):
+        with explained(f"run.output: {folder} cannot be a run's folder, choose another", UnusableFolder):
             make_folder(folder)
-            file = stack.enter_context(open(folder / ".lock", "a+", encoding="utf-8"))
-            _lock(file.fileno(), folder)
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, folder)
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run is at work in this folder. To see it the lock is held for a moment, which `run_lock` waits out."""
+    path = Path(folder) / ".lock"
+    if not path.is_file():
+        return False
+    with contextlib.suppress(PermissionError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another run"
-        raise FileError(f"{folder} is in use by {holder}; stop that run or choose another run.output=DIR") from None
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)  # who only looks (`is_locked`) has let go by the next try
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another run"
+    raise UnusableFolder(f"{folder} is in use by {holder}; stop that run or choose another run.output=DIR")
 
 
 @contextlib.contextmanager

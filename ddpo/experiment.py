@@ -5,27 +5,29 @@ import platform
 import shlex
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from ddpo import export, jsonl, offline, prompts, report
-from ddpo.checkpoint import latest, run_lock, write_json
-from ddpo.checkpoint import load as load_checkpoint
+from ddpo import finish, jsonl, offline, prompts, trackers
+from ddpo.checkpoint import run_lock, write_json
 from ddpo.config import Config, dump, load
-from ddpo.diffusion import DDIM
-from ddpo.durable import FileError
-from ddpo.noise import Address
+from ddpo.durable import FileError, UnusableFolder
+from ddpo.memory import NoMemory
+from ddpo.models._common import Networks
 from ddpo.policy import Policy
 from ddpo.recipe import Recipe
 from ddpo.rewarding import Scoring, rubrics
-from ddpo.rollout import collect
+from ddpo.updates import NUMBERS_CODE, Alarm
+
+if TYPE_CHECKING:
+    from ddpo.meeting import Signals
 
 VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "pillow"]
 
@@ -33,14 +35,27 @@ VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", 
 def read(path: str, overrides: list[str], processes: int) -> Config[Recipe]:
     """A checked recipe. Raises ConfigError with everything that is wrong with it."""
     config = load(path, overrides, Recipe)
-    config.refuse(config.recipe.shares(processes))
+    config.refuse([*config.recipe.shares(processes), *trackers.missing(config.recipe.trackers)])
     return config
 
 
 def run(recipe: Recipe, words: list[str]) -> int:
-    """Train, and leave a run folder. Returns the exit code."""
+    """Train, and leave a run folder. Returns the exit code, as ddpo/train.py lists them."""
+    from ddpo.meeting import Signals, Stop
+
+    with Signals(alone=int(os.environ.get("WORLD_SIZE", "1")) == 1) as signals:
+        try:
+            return _run(recipe, words, signals)
+        except Stop as e:  # while libraries are imported: `_run` tells of all later ones
+            print(f"{e}: stopped before training began; nothing is lost", file=sys.stderr, flush=True)
+            return e.code
+
+
+def _run(recipe: Recipe, words: list[str], signals: "Signals") -> int:
     from accelerate import Accelerator  # here, like all that takes seconds to import: a misspelt key should not wait for it
 
+    from ddpo.learner import BadNumbers
+    from ddpo.meeting import Stop
     from ddpo.progress import Display
     from ddpo.trainer import TrainingError
     from rewards import RewardError
@@ -56,28 +71,49 @@ def run(recipe: Recipe, words: list[str]) -> int:
     try:
         with run_lock(folder) if main else nullcontext():
             record = Record(folder, recipe, words, accelerator.num_processes) if main else None
-            trainer, last = _train(recipe, folder, accelerator, display)
+            trainer, last, alarm = _train(recipe, folder, accelerator, display, signals)
             if record:
-                _finish(folder, trainer.policy, last, record, display)
-    except (TrainingError, FileError, RewardError, ModelError, offline.PictureError, ImportError) as e:
+                _finish(folder, trainer, last, record, display, alarm)
+    except UnusableFolder as e:
+        print(e, file=sys.stderr, flush=True)
+        return 2
+    except (TrainingError, FileError, RewardError, ModelError, NoMemory, offline.PictureError, ImportError, OSError) as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         if record:
-            record.write("failed", str(e))
-            display.say(f"everything up to the last checkpoint is kept. To go on after mending it: {record.resume}")
-        return 1
-    except KeyboardInterrupt:
+            with suppress(FileError):  # the disk may be what is wrong
+                record.write("failed", str(e))
+            kept = f"everything up to the last checkpoint, {_newest(folder)}, is kept"
+            display.say(f"{kept}. To go on after mending it: {record.resume}")
+        return NUMBERS_CODE if isinstance(e, BadNumbers) else 1
+    except Stop as e:
         if record:
-            record.write("interrupted")
-            display.say(f"interrupted; at most one iteration is lost. To go on: {record.resume}")
-        return 130
-    return 0
+            record.write("interrupted", f"{e} in {display.doing}")
+            display.say(
+                f"{e}: stopped in {display.doing}. Lost is what was computed since the checkpoint {_newest(folder)}, of "
+                f"{recipe.run.save_every} iteration{'s' * (recipe.run.save_every > 1)} at most (run.save_every), and no reward: "
+                f"those are written down. To go on: {record.resume}"
+            )
+        return e.code
+    return alarm.code if alarm else 0
 
 
-def _finish(folder: Path, policy: Policy, last: dict[str, Any], record: "Record", display: Any) -> None:
-    lora = export.save_lora(policy, folder, folder.name)
-    export.save_card(folder, record.fields, last)
-    record.write("finished")
-    report.write_report(folder)
+def _newest(folder: Path) -> str:
+    named = folder / "checkpoints" / "latest"
+    return str(named.with_name(named.read_text().strip())) if named.exists() else "(there is none yet)"
+
+
+def _finish(folder: Path, trainer: Any, last: dict[str, Any], record: "Record", display: Any, alarm: Alarm | None) -> None:
+    record.write("stopped" if alarm else "finished", alarm.text if alarm else None)
+    lora = finish.leave(folder, trainer.policy, last["iteration"], folder)
+    if alarm:
+        best, safe = trainer.baseline.best, trainer.baseline.safe
+        print(f"stopped by an alarm, {alarm.name}: {alarm.text}", file=sys.stderr, flush=True)
+        display.say(
+            f"everything is kept: the newest checkpoint is {_newest(folder)}; the trained reward was highest at iteration {best}, what "
+            f"is not trained on at {safe}, and both checkpoints are there. {lora} is of the newest, and {folder / 'report.html'} shows "
+            f"the run. To go on in spite of it: {record.resume} run.on_alarm=warn"
+        )
+        return
     display.summary(folder, last, lora, record.resume, f"ddpo generate {folder} -p {shlex.quote(last_prompt(folder))}")
 
 
@@ -86,17 +122,22 @@ def last_prompt(folder: Path) -> str:
     return str(jsonl.read(folder / "samples" / "index.jsonl")[-1]["prompt"])
 
 
-class ModelError(RuntimeError):
+class ModelError(FileError):
     """The model could not be loaded."""
 
 
-def _train(recipe: Recipe, folder: Path, accelerator: Any, display: Any) -> tuple[Any, dict[str, Any]]:
-    """Load the model and the scorers, and train."""
+def _train(
+    recipe: Recipe, folder: Path, accelerator: Any, display: Any, signals: "Signals"
+) -> tuple[Any, dict[str, Any], Alarm | None]:
+    """Load the model and the scorers, and train. With the last evaluation, and the alarm that ended the run, if one did."""
     from ddpo.trainer import Task, Trainer
+    from ddpo.watch import Alarmed
 
     train, held_out = recipe.training_prompts(), prompts.load(recipe.prompts.held_out)
     trained, watched = rubrics(recipe.rewards, recipe.held_out_rewards, recipe.objective)
-    with closing(trained), closing(watched):
+    told = [c.build() for c in recipe.trackers] if accelerator.is_main_process else []
+    watching = trackers.Trackers(told, folder, yaml.safe_load(dump(recipe)), display.say)
+    with closing(trained), closing(watched), closing(watching):
         for rubric in (trained, watched):  # before the model: what is missing is told sooner
             rubric.load()
         display.say(f"{folder}: loading {recipe.model.options.get('path', recipe.model.name)}")
@@ -104,18 +145,23 @@ def _train(recipe: Recipe, folder: Path, accelerator: Any, display: Any) -> tupl
             policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
         except (OSError, ValueError) as e:
             raise ModelError(f"model {recipe.model.options.get('path', recipe.model.name)!r} cannot be loaded: {e}") from e
+        if isinstance(policy.family, Networks) and (unread := policy.family.unread([p.text for p in (*train, *held_out)])):
+            display.say(unread)
         task = Task(train, held_out, trained, watched, recipe.objective.max_missing)
         trainer = Trainer(
             policy, recipe.algorithm.build(), recipe.advantage.build(), task, recipe.run, recipe.rollout, recipe.optimizer,
-            recipe.evaluation, folder, identity(recipe), accelerator, display,
+            recipe.evaluation, folder, identity(recipe), accelerator, display, watching, recipe.health, signals,
         )  # fmt: skip
-        return trainer, trainer.run()
+        try:
+            return trainer, trainer.run(), None
+        except Alarmed as e:
+            return trainer, trainer.last_evaluation(), e.alarm
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's numbers, flat: a checkpoint made with other settings is not resumed from."""
     settings = yaml.safe_load(dump(recipe))
-    for key in ("evaluation", "held_out_rewards"):
+    for key in ("evaluation", "held_out_rewards", "trackers", "health"):
         settings.pop(key, None)
     for said, scorer in zip(settings["rewards"], recipe.rewards, strict=True):
         incidental = {f.name for f in fields(Scoring)} - {"weight", "floor"}
@@ -124,14 +170,15 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     del settings["rollout"]["pictures"]  # its content is in prompts.train
     settings["run"] = {"seed": recipe.run.seed}
     settings["prompts"] = {"train": prompts.digest(recipe.source)}
-    return _flat(settings)
+    return flat(settings)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"rollout.solver.eta": 1.0}."""
     if isinstance(value, dict):
-        return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
+        return {k: v for name, part in value.items() for k, v in flat(part, f"{prefix}{name}.").items()}
     if isinstance(value, list):
-        return _flat({str(i): part for i, part in enumerate(value)}, prefix)
+        return flat({str(i): part for i, part in enumerate(value)}, prefix)
     return {prefix[:-1]: value}
 
 
@@ -183,25 +230,3 @@ class Record:
 def _with_output(words: list[str], folder: Path) -> list[str]:
     kept = [w for w in words if not w.lstrip("-").startswith(("run.output=", "run.name="))]
     return [*kept, f"run.output={folder}"]
-
-
-def generate_pairs(folder: Path, prompt: str, seeds: int, output: Path) -> Path:
-    """Draw a prompt with the base model (above) and with the run's newest LoRA (below), from the same noise."""
-    from PIL import Image
-
-    recipe = load(folder / "config.yaml", [], Recipe).recipe
-    policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
-    found = latest(folder / "checkpoints", print)
-    if found is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet: there is nothing to compare with the base model")
-    policy.load(load_checkpoint(found, identity(recipe)).tensors["lora"])
-    addresses: list[Address] = [("generate", seed) for seed in range(seeds)]
-    rows = []
-    for self_name in ("reference", "now"):
-        with policy.acting_as(self_name):
-            drawn = collect(
-                policy, [prompt] * seeds, addresses, DDIM(0.0), recipe.rollout.num_steps, recipe.rollout.batch_size, False
-            )
-        rows.append(torch.cat(list(drawn.images), 2))
-    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(output)
-    return output

@@ -14,7 +14,6 @@ from ddpo.meters import to_float, to_json
 from ddpo.prompts import Prompt
 from rewards import Part, RewardError, Rubric
 
-FLAT_LIMIT = 3  # iterations
 NOISE_TRIAL = 4  # pictures that are scored a second time when a run starts
 
 
@@ -34,7 +33,6 @@ class Judge:
         self.trained, self.all = trained, Rubric(trained.parts | watched.parts)
         self.journal, self.device, self.batch_size, self.max_missing = journal, device, batch_size, max_missing
         self.pool = ThreadPoolExecutor(1, "scorers")  # one: scorers are asked in order, whatever the speed of drawing
-        self.flat = 0  # iterations running in which no prompt's pictures differed in reward
         self.all.to(device)
 
     def hear(self, rows: Sequence[Row], iteration: int, salt: int, group_size: int) -> "Hearing":
@@ -77,7 +75,7 @@ class Judge:
         """A warning where an iteration's (N,) objective teaches nothing.
 
         Raises:
-            RewardError: too few pictures were scored, or all of each prompt scored alike for the third time running.
+            RewardError: too few pictures were scored.
         """
         if (share := wanted.isnan().double().mean().item()) > self.max_missing:
             raise RewardError(
@@ -85,13 +83,8 @@ class Judge:
                 "allows. Mend the scorer, or raise it."
             )
         # A single picture is like itself: that says nothing.
-        self.flat = self.flat + 1 if len(texts) > 1 and zero_spread(wanted, texts) == 1 else 0
-        if self.flat >= FLAT_LIMIT:
-            raise RewardError(
-                f"the rewards give no gradient: {self.flat} iterations running, all pictures of each prompt scored alike. Look at "
-                "rewards.jsonl; a reward must tell pictures of one prompt apart."
-            )
-        return "all pictures of each prompt scored alike: this iteration teaches nothing" if self.flat else None
+        alike = len(texts) > 1 and zero_spread(wanted, texts) == 1
+        return "all pictures of each prompt scored alike: this iteration teaches nothing" if alike else None
 
     def ask(
         self, parts: dict[str, Part], images: Tensor, prompts: Sequence[Prompt], keys: Sequence[Key] = ()

@@ -13,14 +13,18 @@ so no byte of it can change unnoticed, not even a blank. The body:
 
 import hashlib
 import re
+import shlex
 import stat
 from pathlib import Path
+from typing import Any
 
 from ddpo import durable
 from ddpo.durable import DamagedFile, FileError
 
 FORMAT = 1  # every later one keeps the envelope and `format`, so that an older program can refuse it
 STEP = re.compile(r"step-([0-9]{8})")
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*")
+_DIGEST = re.compile("[0-9a-f]{64}")  # of a file: no value that could be set
 _FILE = re.compile(r"[A-Za-z0-9._-]{1,100}\.safetensors")
 _ENVELOPE = b'{"sha256": "%s", "body": %s}\n'
 _MOST_TENSORS = 100_000  # a million empty tensors take seconds to open
@@ -108,3 +112,32 @@ def _verify_file(folder: Path, name: str, listed: object) -> None:
         header = durable.decode(file.read(length), str(path)) if length <= _LARGEST_HEADER else None
     if not isinstance(header, dict) or len(header) > _MOST_TENSORS:
         raise DamagedFile(f"{path}: its header is no table of at most {_MOST_TENSORS} tensors in {_LARGEST_HEADER} bytes")
+
+
+def differences(then: dict, now: dict) -> str:
+    """Each setting of two identities that differs, with both values, and what sets them back; "" where none does."""
+    old, new = _flat(then), _flat(now)
+    keys = [k for k in sorted(old.keys() | new.keys()) if k not in old or k not in new or old[k] != new[k]]
+    if not keys:
+        return ""
+    listed = "; ".join(f"{k}: checkpoint {_shown(old, k)}, now {_shown(new, k)}" for k in keys)
+    words = [f"{k}={_word(old[k])}" for k in keys if k in old and not _DIGEST.fullmatch(str(old[k]))]
+    back = f"set them back: {shlex.join(words)}" if words else "set them back"
+    return f"{listed} ({back}, or choose another run.output=DIR to start a new run)"
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in ("true", "false", "null")
+    return value if plain else durable.encode(value).decode()
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

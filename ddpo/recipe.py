@@ -2,25 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from ddpo import offline, prompts
 from ddpo.config import Component, In
+from ddpo.models._common import BUILT_IN
+from ddpo.models._files import require_usable
+from ddpo.models._kind import refuse_other_family
 from ddpo.policy import LoRA
 from ddpo.prompts import Prompt
 from ddpo.rewarding import Objective, Scorer, lack_of_gradient, part
-from ddpo.sections import Acting, Evaluating, Learning, Prompts, Run
+from ddpo.sections import Acting, Evaluating, Health, Learning, Prompts, Run
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A whole config file."""
 
-    model: Annotated[Component, In("ddpo.models")]
+    model: Annotated[Component, In("ddpo.models", members=("denoise", "decode"))]
     prompts: Prompts
     rollout: Acting
-    algorithm: Annotated[Component, In("ddpo.algorithms")]
-    advantage: Annotated[Component, In("ddpo")]
+    algorithm: Annotated[Component, In("ddpo.algorithms", members=("views", "loss"))]
+    advantage: Annotated[Component, In("ddpo", among=("advantage",), members=("__call__", "smallest_group"))]
     rewards: list[Scorer]
     held_out_rewards: list[Scorer] = field(default_factory=list)
     run: Run = field(default_factory=Run)
@@ -28,9 +32,12 @@ class Recipe:
     optimizer: Learning = field(default_factory=Learning)
     evaluation: Evaluating = field(default_factory=Evaluating)
     objective: Objective = field(default_factory=Objective)
+    trackers: list[Annotated[Component, In("ddpo.trackers")]] = field(default_factory=list)
+    health: Health = field(default_factory=Health)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Options that are right by themselves and cannot go together."""
+        yield from self._model()
         yield from self._pictures()
         for key in ("train", "held_out"):
             if (source := getattr(self.prompts, key)) is None:
@@ -40,7 +47,20 @@ class Recipe:
             except (prompts.PromptError, OSError) as e:
                 yield f"prompts.{key}", str(e)
         yield from self._algorithm()
+        yield from self._credit()
         yield from self._scorers()
+
+    def _model(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with a model's folder. A hub id is asked for when the model loads."""
+        pipeline, path = getattr(self.model.factory, "pipeline", None), self.model.options.get("path")
+        if pipeline is None or not isinstance(path, str):
+            return
+        try:
+            require_usable(place := BUILT_IN.get(path, path), tuple(BUILT_IN))
+            if Path(place).is_dir():
+                refuse_other_family(place, None, pipeline)
+        except (ValueError, OSError) as e:
+            yield "model.path", str(e)
 
     def _algorithm(self) -> Iterator[tuple[str, str]]:
         """What the algorithm cannot learn from."""
@@ -78,6 +98,25 @@ class Recipe:
                 f"{self.algorithm.name} is right for the first update of a rollout only; set optimizer.updates=1 and "
                 "optimizer.epochs=1, or use algorithm: {name: ddpo:DDPO}",
             )
+
+    def _credit(self) -> Iterator[tuple[str, str]]:
+        """What steps cannot be paid one by one for."""
+        if self.rollout.credit is None:
+            return
+        if not self.algorithm.build().credits_steps:
+            yield (
+                "rollout.credit",
+                f"{self.algorithm.name} gives a step no advantage of its own that rollout.credit could set; use algorithm: "
+                "{name: ddpo:DDPO} or one of grpo, or set rollout.credit=null",
+            )
+        if self.advantage.build().state():  # gains of steps would pass for rewards of pictures in what it remembers
+            yield (
+                "advantage",
+                f"{self.advantage.name} remembers rewards, and rollout.credit compares gains; use {{name: advantage:GroupRelative}}, "
+                "or set rollout.credit=null",
+            )
+        if self.objective.normalise != "none":
+            yield "objective.normalise", "gives each step's pictures a unit of their own; with rollout.credit set it to none"
 
     @property
     def source(self) -> str:

@@ -1,12 +1,25 @@
 """A run's settings: the sections of a config file. Components bring their own options; here is what the loop itself asks."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval, Le
+from pydantic import AfterValidator
 
 from ddpo.config import Component, In
+
+
+def _name(text: str) -> str:
+    if not text.strip(". ") or {"/", "\\", "\0"} & set(text):
+        raise ValueError("should be a folder's name, to stand under runs/ (for a path use run.output)")
+    return text
+
+
+def _path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError("should be the path of a folder")
+    return text
 
 
 @dataclass(frozen=True)
@@ -19,16 +32,20 @@ class Run:
         seed: of all randomness.
         iterations: rounds of acting and learning.
         eval_every: iterations between evaluations; there is one before the first and one after the last.
-        save_every: iterations between checkpoints; there is one after each evaluation too.
+        save_every: iterations between checkpoints; there is one after each evaluation too. What is killed loses so many at most.
+        on_alarm: of what `health` finds grave. "stop" ends the run with exit code 4 and keeps everything; "rollback" goes on
+            from the checkpoint with the best lower bound of the rewards not trained on, with other noise and half the
+            learning rate, twice at most; "warn" says so and goes on.
         threads: of each process on a CPU; None shares out all cores. Fewer where something else works beside it.
     """
 
-    name: str | None = None
-    output: str | None = None
+    name: Annotated[str, AfterValidator(_name)] | None = None
+    output: Annotated[str, AfterValidator(_path)] | None = None
     seed: Annotated[int, Ge(0)] = 0
     iterations: Annotated[int, Ge(1)] = 100
     eval_every: Annotated[int, Ge(1)] = 10
-    save_every: Annotated[int, Ge(1)] = 10
+    save_every: Annotated[int, Ge(1)] = 1
+    on_alarm: Literal["stop", "rollback", "warn"] = "stop"
     threads: Annotated[int, Ge(1)] | None = None
 
 
@@ -60,16 +77,18 @@ class Acting:
             and the rewards judge these only. A group of it is `group_size` of a prompt's pictures, of votes 2.
         window: which of the solver's stochastic steps add noise, and are learned from; None is all. Others follow the ODE.
         choice: which prompts an iteration is about; None takes each once, then each again in another order.
+        credit: how the reward is shared out among the steps; None gives all of them the picture's own.
     """
 
-    solver: Annotated[Component, In("ddpo")]
-    num_steps: Annotated[int, Ge(1)] = 50
+    solver: Annotated[Component, In("ddpo", among=("diffusion",), members=("__call__", "stochastic"))]
+    num_steps: Annotated[int, Ge(1), Le(1000)] = 50
     guidance: Annotated[float, Ge(0)] = 5.0
     prompts: Annotated[int, Ge(1)] = 8
     group_size: Annotated[int, Ge(1)] = 8
     batch_size: Annotated[int, Ge(1)] = 8
-    window: Annotated[Component, In("ddpo")] | None = None
-    choice: Annotated[Component, In("ddpo")] | None = None
+    window: Annotated[Component, In("ddpo", among=("window",), members=("first",))] | None = None
+    choice: Annotated[Component, In("ddpo", among=("deal",), members=("__call__", "learn"))] | None = None
+    credit: Annotated[Component, In("ddpo", among=("credit",), members=("__call__",))] | None = None
     pictures: str | None = None
 
     @property
@@ -124,3 +143,27 @@ class Evaluating:
     prompts: Annotated[int, Ge(1)] = 32
     seeds: Annotated[int, Ge(1)] = 2
     num_steps: Annotated[int, Ge(1)] | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """Config section `health`: when something is wrong with a run (ddpo/health.py has the rules; run.on_alarm says what then).
+
+    Args:
+        standard_errors: how far below the base model's an untrained reward, or the diversity, must be, at two evaluations running.
+        diversity_warn, diversity_stop: the share of the base model's within-prompt diversity that must be left.
+        blank: the share of black, white or flat held-out pictures, above the base model's, that stops the run.
+        saturated: the share of pixel values at 0 or 255, above the base model's, that is warned of.
+        kl_budget: nats a picture from the base model that stop the run; None only warns of a large distance.
+        zero_spread: the share of prompts whose pictures all score alike that, three iterations running, stops the run.
+        spike: robust standard deviations of the gradient's log-norm; an update beyond is skipped, three in ten stop the run.
+    """
+
+    standard_errors: Annotated[float, Gt(0)] = 3.0
+    diversity_warn: Annotated[float, Interval(ge=0, le=1)] = 0.7
+    diversity_stop: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    blank: Annotated[float, Ge(0), Le(1)] = 0.05
+    saturated: Annotated[float, Ge(0), Le(1)] = 0.05
+    kl_budget: Annotated[float, Gt(0)] | None = None
+    zero_spread: Annotated[float, Ge(0), Le(1)] = 0.8
+    spike: Annotated[float, Gt(0)] = 6.0

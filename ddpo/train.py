@@ -1,14 +1,20 @@
 """The real thing: `accelerate launch -m ddpo.train configs/NAME.yaml key.path=value ...`
 
-Exit codes: 0 done, 1 training stopped with an error, 2 the config or what it names is wrong (nothing was loaded),
-130 interrupted.
+Exit codes (a launcher may give its own in their place; run.json has `status` and `exit_reason`):
+
+    0    done
+    1    training stopped with an error
+    2    the config or what it names is wrong (nothing was loaded)
+    3    numbers that are not finite: three in ten updates, or a weight
+    4    an alarm (ddpo/health.py, run.on_alarm): over-optimisation, collapse, ...
+    130  interrupted by Ctrl-C, 143 by SIGTERM; a second signal ends the process at once
+
+After each of them the same command goes on where it stopped.
 """
 
 import os
+import signal
 import sys
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 USAGE = "usage: accelerate launch -m ddpo.train CONFIG.yaml [--dry-run] [section.key=value ...]"
 
@@ -40,5 +46,17 @@ def main(argv: list[str]) -> int:
     return experiment.run(config.recipe, words)
 
 
+def _leave(number: int, frame: object) -> None:
+    os.write(2, f"{signal.Signals(number).name}: stopped before training began; nothing is lost\n".encode())
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    for told in (signal.SIGTERM, signal.SIGINT):  # while libraries are imported; experiment.run takes over from here
+        signal.signal(told, _leave)
+    code = main(sys.argv[1:])
+    if code > 128:  # told to end: do not wait for a scorer that another thread is waiting for
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -5,7 +5,7 @@ All trained state is the same on every process; the main one writes it down.
 """
 
 import functools
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,32 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddpo import checkpoint, evaluate, offline, report
+from ddpo import checkpoint, evaluate, offline, report, state, watch
 from ddpo.actor import Actor
 from ddpo.advantage import Advantage, zero_spread
 from ddpo.algorithms import Algorithm
+from ddpo.credit import by_step, explained_variance
 from ddpo.deal import Deal, Row, Shuffled
+from ddpo.health import Monitor
 from ddpo.journal import Journal
 from ddpo.judge import Hearing, Judge
-from ddpo.learner import Learner, TrainingError
+from ddpo.learner import Learner
+from ddpo.meeting import Meeting, Signals
+from ddpo.meeting import TrainingError as TrainingError
+from ddpo.memory import Batch
 from ddpo.meters import Clock, to_json
 from ddpo.noise import Address
 from ddpo.policy import Policy
 from ddpo.progress import Display
 from ddpo.prompts import Prompt
 from ddpo.rollout import Rollout
-from ddpo.sections import Acting, Evaluating, Learning, Run
+from ddpo.sections import Acting, Evaluating, Health, Learning, Run
+from ddpo.trackers import Trackers
+from ddpo.updates import NUMBERS_CODE, Alarm
+from ddpo.watch import Alarmed
 from rewards import Rubric
+
+MOST_ROLLBACKS = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,9 @@ class Trainer:
 
     Args:
         identity: what a checkpoint must match to be resumed from (a flat dict of settings).
+        trackers: fed by the main process alone.
+        health: when the run is ill; None is by default.
+        signals: that may end it.
 
     Raises:
         TrainingError, checkpoint.CheckpointError, rewards.RewardError: before any update that would have used them.
@@ -56,9 +69,10 @@ class Trainer:
     def __init__(
         self, policy: Policy, algorithm: Algorithm, advantage: Advantage, task: Task, run: Run, acting: Acting,
         learning: Learning, evaluating: Evaluating, folder: Path, identity: dict[str, Any], accelerator: Accelerator, display: Display,
+        trackers: Trackers | None = None, health: Health | None = None, signals: Signals | None = None,
     ):  # fmt: skip
         self.policy, self.algorithm, self.advantage, self.task, self.settings = policy, algorithm, advantage, task, run
-        self.acting = acting
+        self.acting, self.trackers = acting, trackers
         self.folder, self.identity, self.accelerator, self.display = folder, identity, accelerator, display
         self.actor = Actor(policy, algorithm, acting)
         choice = acting.choice.build() if acting.choice else Shuffled()
@@ -67,13 +81,22 @@ class Trainer:
         )
         self.probe = evaluate.Probe(task.held_out, evaluating, acting.num_steps, run.seed)
         policy.to(accelerator.device)
-        self.learner = Learner(policy, algorithm, learning, accelerator, run.seed)
+        self.meeting = Meeting(accelerator, signals)
+        self.monitor = Monitor(health or Health(), math.prod(policy.family.latent_shape))
+        self.learner = Learner(
+            policy, algorithm, learning, accelerator, run.seed, self.meeting, self.monitor.updates, display.say
+        )
+        self.batch = Batch(
+            acting.batch_size, "drawing", "lower the resolution, or use a smaller model", display.say, self.meeting.step
+        )
         journal = Journal(folder, accelerator.process_index)
         self.judge = Judge(
             task.rewards, task.held_out_rewards, journal, accelerator.device, acting.batch_size, task.max_missing
         )
         self.iteration, self.images, self.salt = 0, 0, 0
-        self.baseline = evaluate.Baseline(task.rewards)
+        self.rollbacks: list[dict[str, Any]] = []  # {"to": iteration, "why": text} of each
+        guarded = [name for name, part in task.held_out_rewards.parts.items() if part.weight]
+        self.baseline = evaluate.Baseline(task.rewards, guarded)
         self.clock = Clock()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -81,33 +104,71 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the last line of metrics that holds an evaluation."""
-        self._resume()
+        state.resume(self)
         last: dict[str, Any] = {}
-        if self.iteration == 0:
-            last = self._record({"iteration": 0, **self._evaluate()}, evaluated=True)
+        if not self.baseline.scores:
+            last = self._record({"iteration": 0, **self._evaluate()[0]}, evaluated=True)
+            state.save(self)
         while self.iteration < self.settings.iterations:
-            metrics = self._iterate()
+            metrics, alarms = self._iterate()
             due = self.iteration == self.settings.iterations or self.iteration % self.settings.eval_every == 0
             if due:
-                metrics |= self._evaluate()
+                compared, more = self._evaluate()
+                metrics, alarms = metrics | compared, alarms + more
+            if said := [*watch.rollbacks(self.rollbacks, self.iteration - 1), *alarms]:
+                metrics["alarms"] = [alarm.line() for alarm in said]
             metrics = self._record(metrics, due)
             last = metrics if due else last
-            if due or self.iteration % self.settings.save_every == 0:
-                self._save()
-        return last or self._last_evaluation()
+            self._heed(alarms, due)
+        return last or self.last_evaluation()
 
-    def _iterate(self) -> dict[str, Any]:
+    def _heed(self, alarms: list[Alarm], due: bool) -> None:
+        """Say them, and save; then stop or roll back where one is grave."""
+        for alarm in alarms:
+            self.display.say(f"{'warning' if alarm.level == 'warn' else 'ALARM'}, {alarm.name}: {alarm.text}")
+        grave = [alarm for alarm in alarms if alarm.level == "stop"]
+        ends = bool(grave) and (self.settings.on_alarm != "warn" or grave[0].code == NUMBERS_CODE)
+        again = ends and self.settings.on_alarm == "rollback" and len(self.rollbacks) < MOST_ROLLBACKS
+        if ends:
+            self.monitor.forget()  # who goes on is warned anew, not at once
+        if again:
+            self._roll_back(grave[0])
+        elif due or ends or self.iteration % self.settings.save_every == 0:
+            state.save(self)
+        if ends and not again:
+            raise Alarmed(grave[0])
+
+    def _roll_back(self, alarm: Alarm) -> None:
+        """Go on from the safest checkpoint, with other noise: the same would lead here again."""
+        to, salt, rollbacks = self.baseline.safe, self.salt + 1, list(self.rollbacks)
+        rollbacks.append({"to": to, "why": alarm.text})
+        if to != self.iteration:
+            state.return_to(self, checkpoint.folder_of(self.folder / "checkpoints", to), f"metrics-left-{salt}.jsonl")
+        self.rollbacks, self.salt = rollbacks, salt
+        self.learner.lr = self.learner.settings.lr * 0.5 ** len(rollbacks)
+        self.monitor.forget()
+        state.save(self)
+        self.display.say(
+            f"rolled back to iteration {to} ({len(rollbacks)} of at most {MOST_ROLLBACKS} times): other noise (salt {salt}) and a "
+            f"learning rate of {self.learner.lr:.3g}"
+        )
+
+    def _iterate(self) -> tuple[dict[str, Any], list[Alarm]]:
         self.algorithm.start(self.policy, self.iteration)
         rows = self.deal.rows(self.iteration, self.salt, self.accelerator.process_index)
         everyones = self.deal.all_rows(self.iteration, self.salt)
         texts = [row.prompt.text for row in everyones]
         parts: dict[str, Tensor] = {}
+        foresight: dict[str, float] = {}
+        acted_in = self.acting.batch_size
         if self.acting.pictures:
             rollout = self._read(rows)
             total = wanted = offline.scores(everyones, self._address)
         else:
             hearing = self.judge.hear(rows, self.iteration, self.salt, self.acting.group_size)
+            before = self.batch.size
             rollout = self._act(hearing)
+            acted_in = self.batch.size if self.batch.size == before else 0
             parts = self._score(hearing)
             total, wanted = self.baseline.total(parts), self.task.rewards.objective(parts, texts)
         if warning := self.judge.check(wanted, texts):
@@ -115,6 +176,11 @@ class Trainer:
         advantages = self.advantage(wanted, texts)
         mine = len(rollout) * self.accelerator.process_index
         own = slice(mine, mine + len(rollout))
+        if self.acting.credit and rollout.beliefs is not None:
+            values = self._foretold(rollout.beliefs, rows, parts, texts)
+            paid = self.acting.credit.build()(values, wanted, self.advantage, texts)
+            advantages = by_step(paid, rollout.stochastic, self.acting.num_steps)
+            foresight["credit/explained_variance"] = explained_variance(values, wanted)
         rollout.advantages, rollout.rewards = (v[own].float().to(self.accelerator.device) for v in (advantages, wanted))
         rollout.metadata = [row.prompt.metadata for row in rows]
         if self.algorithm.needs_gradient:
@@ -123,22 +189,26 @@ class Trainer:
             self.clock.measure("update"),
             self.display.phase(self._phase("learning"), self.learner.rows(len(rollout))) as advance,
         ):
-            learned = self.learner.improve(rollout, (*self._address, "views"), self.acting.batch_size, advance)
+            learned = self.learner.improve(rollout, (*self._address, "views"), acted_in, advance)
         self.algorithm.finish(self.policy, self.iteration)
         self._refresh(rollout)
         self.deal.choice.learn(texts, wanted)
         self.iteration += 1
         self.images += self.acting.images
-        return {
+        for skip in self.learner.skipped:
+            self.display.say(watch.told(skip, self.iteration, everyones))
+        metrics = {
             "iteration": self.iteration,
             "reward/mean": total.nanmean().item(),
             "reward/std": total[total.isfinite()].std(correction=0).item(),
             **{f"reward/{name}/mean": scores.nanmean().item() for name, scores in parts.items()},
             **{f"floor/{name}/multiplier": value for name, value in self.task.rewards.multipliers.items()},
             "advantage/zero_std_fraction": zero_spread(wanted, texts),
+            **foresight,
             **learned,
-            "lr": self.learner.settings.lr,
+            "lr": self.learner.lr,
         }
+        return metrics, self.monitor.iteration(watch.measured(self.iteration, metrics, parts))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Act and score
@@ -154,18 +224,28 @@ class Trainer:
     def _act(self, hearing: Hearing) -> Rollout:
         with self.clock.measure("rollout"):
             with self.display.phase(self._phase("sampling"), len(hearing.rows) * self.acting.num_steps) as advance:
-                return self.actor.draw(hearing.rows, self._address, advance, hearing.add)
+                return self.actor.draw(hearing.rows, self._address, self.batch, self.meeting.stepwise(advance), hearing.add)
 
     def _read(self, rows: list[Row]) -> Rollout:
         """Pictures that exist, in the place of drawn ones."""
         with self.clock.measure("rollout"), self.display.phase(self._phase("reading"), len(rows)) as advance:
-            return self.actor.read(rows, self._address, advance)
+            return self.actor.read(rows, self._address, self.meeting.stepwise(advance))
 
     def _score(self, hearing: Hearing) -> dict[str, Tensor]:
         """Scores of all processes' pictures, by scorer, (images,) float64 in the order of `Deal.all_rows`."""
         with self.clock.measure("reward"):  # what is left to wait for
             mine = hearing.scores()
-        return {name: self._gather(v) for name, v in mine.items()}
+        return {name: self.meeting.gather(v) for name, v in mine.items()}
+
+    def _foretold(self, beliefs: Tensor, rows: list[Row], parts: dict[str, Tensor], texts: list[str]) -> Tensor:
+        """(N, K) what all processes' predicted pictures would be paid, in the units of this iteration's pictures."""
+        rates, values = self.task.rewards.rates(parts, texts), []
+        for step in beliefs.unbind(1):
+            hearing = self.judge.hear(rows, self.iteration, self.salt, self.acting.group_size)
+            for batch in step.split(self.acting.batch_size):
+                hearing.add(batch)
+            values.append(torch.stack([rates[name] * scores for name, scores in self._score(hearing).items()]).sum(0))
+        return torch.stack(values, 1)
 
     def _refresh(self, rollout: Rollout) -> None:
         """Show the iteration's pictures, in the order of their groups, to the scorers that learn from them."""
@@ -174,12 +254,12 @@ class Trainer:
         with self.clock.measure("reward"):
             rows = self.deal.all_rows(self.iteration, self.salt)
             order = sorted(range(len(rows)), key=lambda i: rows[i][:2])
-            self.judge.refresh(self._gather(rollout.images)[order], [rows[i].prompt for i in order])
+            self.judge.refresh(self.meeting.gather(rollout.images)[order], [rows[i].prompt for i in order])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Compare
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> tuple[dict[str, float], list[Alarm]]:
         """The policy as it is now, on the probe, against what the base model made of it."""
         mine = self.probe.share(self.accelerator.process_index, self.accelerator.num_processes)
         prompts = [prompt for prompt, _ in mine]
@@ -187,12 +267,12 @@ class Trainer:
             with self.display.phase(
                 f"evaluating after iteration {self.iteration}", len(mine) * self.probe.num_steps
             ) as advance:
-                images = self.probe.draw(self.policy, mine, self.acting.batch_size, advance)
+                images = self.probe.draw(self.policy, mine, self.batch, self.meeting.stepwise(advance))
             scored = self.judge.probe(images, prompts, self.probe.seeds)
             if self.task.rewards.learns and self.iteration:
                 # What learns has another opinion now: it must give it of the base model's pictures too.
                 with self.policy.acting_as("reference"):
-                    base = self.probe.draw(self.policy, mine, self.acting.batch_size, lambda rows: None)
+                    base = self.probe.draw(self.policy, mine, self.batch, self.meeting.stepwise(lambda rows: None))
                 again = self.judge.probe(base, prompts, self.probe.seeds)
                 self.baseline.scores |= {name: self._whole(v) for name, v in again.items()}
         if self.iteration == 0:
@@ -205,7 +285,11 @@ class Trainer:
             report.save_samples(
                 self.folder, self.iteration, pictures.float() / 255, texts, [s for _, s in self.probe.rows], listed
             )
-        return self.baseline.compare(self.iteration, scores, pictures, texts)
+        compared = self.baseline.compare(self.iteration, scores, pictures, texts)
+        alarms = self.monitor.evaluation(watch.probed(self.iteration, self.baseline, scores, pictures, texts))
+        if self.monitor.sound:
+            self.baseline.rank(self.iteration, scores, texts)
+        return compared, alarms
 
     # ------------------------------------------------------------------------------------------------------------------
     # Write down and resume
@@ -214,83 +298,18 @@ class Trainer:
         line = {"iteration": self.iteration, "images": self.images, **metrics, **self.clock.read()}
         if self.accelerator.is_main_process:
             report.append(self.folder / "metrics.jsonl", line)
+            if self.trackers:
+                self.trackers.record(line)
         if self.iteration:
             self.display.iteration(line, self.settings.iterations)
         if evaluated:
             self.display.evaluation(line)
         return line
 
-    def _save(self) -> None:
-        optimizer, scalars = checkpoint.pack_optimizer(self.learner.optimizer, list(self.policy.weights))
-        multipliers, learned = self.task.rewards.state()
-        state = {
-            "iteration": self.iteration, "images": self.images, "salt": self.salt, "optimizer": scalars,
-            "baseline": self.baseline.state(), "flat": self.judge.flat, "rewards": multipliers, "advantage": self.advantage.state(),
-            "choice": self.deal.choice.state(),
-            "scaler": self.learner.scaler.state_dict(),
-            "seconds": self.clock.total(),
-        }  # fmt: skip
-        tensors = {"lora": {k: w.detach() for k, w in self.policy.weights.items()}, "optimizer": optimizer, "rewards": learned}
-        tensors["selves"] = self.policy.selves()
-        if (critic := self.learner.critic) is not None:
-            tensors["critic"], tensors["critic_optimizer"], state["critic"] = critic.state()
-        best = self.baseline.best
-
-        def write() -> None:
-            checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, state, self.identity, pin=(best,))
-            (self.folder / "checkpoints" / "best").write_text(f"step-{best:08d}\n")
-
-        self._on_main(write)
-
-    def _on_main(self, act: Callable[[], None]) -> None:
-        """The main process acts; if it fails, every process raises: none goes on alone."""
-        failure: Exception | None = None
-        if self.accelerator.is_main_process:
-            try:
-                act()
-            except Exception as e:  # told to the others first, then raised
-                failure = e
-        failed = self.accelerator.reduce(torch.tensor([float(failure is not None)], device=self.accelerator.device), "sum")
-        if failure is not None:
-            raise failure
-        if failed.item():
-            raise TrainingError("the main process could not write to the run folder; its message says why")
-
-    def _resume(self) -> None:
-        root = self.folder / "checkpoints"
-        self._on_main(lambda: checkpoint.sweep(root))
-        found = checkpoint.latest(root, self.display.say)
-        if found is not None:
-            saved = checkpoint.load(found, self.identity)
-            state = saved.state
-            self.iteration, self.images, self.salt = state["iteration"], state["images"], state["salt"]
-            self.baseline.load_state(state["baseline"])
-            self.judge.flat = state["flat"]
-            self.task.rewards.load_state(state["rewards"], saved.tensors["rewards"])
-            self.policy.load(saved.tensors["lora"])
-            self.policy.load_selves(saved.tensors["selves"])
-            checkpoint.unpack_optimizer(
-                self.learner.optimizer, list(self.policy.weights), saved.tensors["optimizer"], state["optimizer"]
-            )
-            if (critic := self.learner.critic) is not None:
-                critic.load_state(saved.tensors["critic"], saved.tensors["critic_optimizer"], state["critic"])
-            self.advantage.load_state(state["advantage"])
-            self.deal.choice.load_state(state["choice"])
-            self.learner.scaler.load_state_dict(state["scaler"])
-            self.clock.resume(state["seconds"])
-            self.display.say(f"resuming after iteration {self.iteration} from {found}")
-        done = self.iteration if found is not None else -1
-        self._on_main(lambda: report.truncate(self.folder / "metrics.jsonl", lambda line: line["iteration"] <= done))
-        self._on_main(lambda: report.truncate(self.folder / "samples" / "index.jsonl", lambda line: line["iteration"] <= done))
-
-    def _last_evaluation(self) -> dict[str, Any]:
+    def last_evaluation(self) -> dict[str, Any]:
         lines = [line for line in report.read(self.folder / "metrics.jsonl") if "eval/win_rate" in line]
         return lines[-1] if lines else {}
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """All processes' values, in the order of the processes, on the CPU."""
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
     def _whole(self, values: Tensor) -> Tensor:
         """The probe's rows of all processes, without what was repeated to make the shares equal."""
-        return self._gather(values)[: len(self.probe.rows)]
+        return self.meeting.gather(values)[: len(self.probe.rows)]

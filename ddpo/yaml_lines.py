@@ -5,9 +5,11 @@ is a number, `off` and `2026-01-31` are text, and only `true` and `false` are bo
 so that the user hears of everything at once.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +96,14 @@ class _Reader:
         """A file over the one that it extends. `said` is where it was named, `below` are the files that extend it."""
         try:
             if path.resolve() in below:
-                raise ValueError(f"{path} extends itself, through {below[-1].name}")
+                raise ValueError(f"{path} extends itself, through {below[-1].name}; take one of the two out")
             text = _text(path)
         except (ValueError, OSError) as error:
             self.problems.add(said, "extends" if below else "", str(error))
             return None
         node = self.parse(text, lambda line: f"{path}:{line}")
         if node is not None and not isinstance(node.value, dict | None):
-            self.problems.add(node.where, "", "a config should be a mapping of keys to values")
+            self.problems.add(node.where, "", "a config should be a mapping of keys to values, a line each: key: value")
             return None
         if node is None or "extends" not in (node.value or {}):
             return node and replace(node, value=node.value or {})
@@ -118,7 +120,7 @@ class _Reader:
         key, equals, text = word.removeprefix("--").partition("=")
         node = None
         if not equals or not all(key.split(".")):
-            self.problems.add(where, "", "should be key=value, with dots between the parts of the key")
+            self.problems.add(where, "", "should be key=value, with dots between the parts of the key, as in optimizer.lr=1e-4")
         else:
             node = self.parse(text, lambda line: where)
         if node is None:
@@ -134,12 +136,15 @@ class _Reader:
             return self.build(loader, node, where, ()) if node else Node(None, where(1))
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            reason = ", ".join(part for part in (error.context, error.problem) if part)
-            self.problems.add(where(line), "", f"not the YAML of a config: {reason}")
+            self.problems.add(where(line), "", f"not the YAML of a config: {_reason(error)}")
         except ReaderError as error:
-            self.problems.add(where(text.count("\n", 0, error.position) + 1), "", f"not text: {error.reason}")
+            self.problems.add(
+                where(text.count("\n", 0, error.position) + 1),
+                "",
+                f"not text: {error.reason} (#x{error.character:02x}); remove it",
+            )
         except RecursionError:
-            self.problems.add(where(1), "", "nested too deeply")
+            self.problems.add(where(1), "", "nested too deeply; a config has sections, and options in them")
         return None
 
     def build(self, loader: "_Loader", node: yaml.Node, where: Callable[[int], str], at: Keys) -> Node:
@@ -155,7 +160,7 @@ class _Reader:
                 raise yaml.MarkedYAMLError(problem="a key should be a word", problem_mark=key.start_mark)
             said, path = where(key.start_mark.line + 1), (*at, key.value)
             if key.value in entries:
-                self.problems.add(said, ".".join(path), f"written twice; first at {entries[key.value].where}")
+                self.problems.add(said, ".".join(path), f"written twice; first at {entries[key.value].where}: take one out")
             entries[key.value] = replace(self.build(loader, child, where, path), where=said)
         return Node(entries, here)
 
@@ -192,16 +197,44 @@ class _Reader:
 
 def _text(path: Path) -> str:
     """Raises ValueError if the file is none, or none that a config could be."""
-    if not path.exists():
-        raise ValueError(f"there is no file {path}")
+    if not os.path.exists(path):
+        raise ValueError(f"there is no file {path}{_meant(path)}")
     if not path.is_file():
-        raise ValueError(f"{path} is a folder or a device; give a YAML file")
+        raise ValueError(f"{path} is a folder, a pipe or a device; give a YAML file")
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; a config has at most {MAX_BYTES:,}")
+        raise ValueError(f"{path} has {size:,} bytes; a config has at most {MAX_BYTES:,}: is it the right file?")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from None
+
+
+def _meant(path: Path) -> str:
+    """A file near to the one that is not there, or where it was looked for."""
+    try:
+        close = get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.8)
+    except (OSError, ValueError):
+        close = []
+    if close:
+        return f"; did you mean {path.with_name(close[0])}?"
+    return f"{'' if path.is_absolute() else f' in {Path.cwd()}'}; the first argument is a config file"
+
+
+# PyYAML's words -> ours.
+_WORDS = {
+    "while scanning for the next token, found character '\\t' that cannot start any token": "a tab; indent with spaces",
+    "while parsing a flow mapping, ": "in { }: ", "while parsing a flow sequence, ": "in [ ]: ", "while parsing a flow node, ": "",
+    "while parsing a block mapping, ": "in lines of key: value: ", "'<stream end>'": "the end; is a bracket or a quote not closed?",
+    "mapping values are not allowed here": "a second colon; put text that holds one in quotes",
+    "expected a single document in the stream, but found another document": "a second document (---); one file is one config",
+}  # fmt: skip
+
+
+def _reason(error: yaml.MarkedYAMLError) -> str:
+    text = ", ".join(part for part in (error.context, error.problem) if part)
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 class _Loader(yaml.SafeLoader):
@@ -210,9 +243,13 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem=f"an alias (*{event.anchor}) is refused", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"an alias (*{event.anchor}) is refused; write the value out", problem_mark=event.start_mark
+            )
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(problem=f"a tag ({event.tag}) is refused", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"a tag ({event.tag}) is refused; write plain values", problem_mark=event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

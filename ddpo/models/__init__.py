@@ -27,6 +27,8 @@ class Family(Protocol):
     outline: ClassVar[type]  # the same family, taking the same options, with networks of shapes and no numbers (meta device)
 
     @property
+    def architecture(self) -> str: ...  # ModelSpec's name of it, for the LoRA files
+    @property
     def image_size(self) -> tuple[int, int]: ...  # (height, width) of its pictures, in pixels
     @property
     def helpers(self) -> list[nn.Module]: ...  # all networks but the denoiser: text encoders, VAE

@@ -1,7 +1,7 @@
 """What every family's networks share: precision, devices, and helpers that come to work only when called."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import ddpo
+from ddpo.models._files import require_all, require_usable, told
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED = Path(ddpo.__file__).parent / "menagerie"
@@ -20,6 +21,7 @@ class Networks(ABC):
     """The denoiser and its helpers, on a device."""
 
     network: nn.Module
+    lora_prefix: str  # also the folder of its weights
     dtype: torch.dtype
     offload: bool
     device: torch.device
@@ -28,6 +30,41 @@ class Networks(ABC):
     @abstractmethod
     def helpers(self) -> list[nn.Module]:
         """All networks but the denoiser."""
+
+    @abstractmethod
+    def _load(self, path: str | Path, revision: str | None) -> Any:
+        """Set the networks and the tokenizers; returns the scheduler's config."""
+
+    def load(self, path: str, revision: str | None) -> Any:
+        """The same of a folder, a hub id, or a built-in model.
+
+        Raises:
+            UnusableModel: its files are not there, or damaged.
+            ValueError: it is none of this family.
+        """
+        place = BUILT_IN.get(path, path)
+        with told(place):
+            require_usable(place, tuple(BUILT_IN))
+            schedule = self._load(place, revision)
+            require_all(place, self.lora_prefix, self.network)
+        return schedule
+
+    @property
+    @abstractmethod
+    def reader(self) -> tuple[Any, int]:
+        """Of the tokenizers the one that reads most of a prompt, and how many tokens that is."""
+
+    def unread(self, prompts: Sequence[str]) -> str | None:
+        """A warning where prompts are longer than the text encoders read, or None."""
+        tokenizer, most = self.reader
+        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        if not (cut := [i for i, length in enumerate(lengths) if length > most]):
+            return None
+        longest = max(cut, key=lambda i: lengths[i])
+        return (
+            f"{len(cut)} of {len(lengths)} prompts are longer than the {most} tokens that this model reads, and are cut off there; "
+            f"the longest has {lengths[longest]}: {prompts[longest][:60]!r}"
+        )
 
     def to(self, device: torch.device) -> None:
         self.device = device

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpo import models
+from ddpo.models._files import read_index
 
 
 def refuse_other_family(path: str | Path, revision: str | None, pipeline: str, local_files_only: bool = False) -> None:
@@ -17,11 +18,9 @@ def refuse_other_family(path: str | Path, revision: str | None, pipeline: str, l
 
     Raises:
         ValueError: it is another class's; the message names the family to use, where there is one.
-        OSError: there is no such model (of a hub id with `local_files_only`: not on this machine).
+        UnusableModel: there is no such model (of a hub id with `local_files_only`: not on this machine).
     """
-    from diffusers import DiffusionPipeline
-
-    found = DiffusionPipeline.load_config(path, revision=revision, local_files_only=local_files_only)["_class_name"]
+    found = read_index(path, revision, local_files_only)["_class_name"]
     if found != pipeline:
         family = family_of(found)
         advice = f"set model.name={family}" if family else "no family in ddpo.models takes it"

@@ -69,7 +69,7 @@ class Flux(StableDiffusion):
         offload: bool = False,
     ):
         self.source, self.dtype, self.offload, self._tokens = path, DTYPES[dtype], offload, max_sequence_length
-        schedule, self.interpret = self._load(path, revision), from_velocity
+        schedule, self.interpret = self.load(path, revision), from_velocity
         for module in (self.network, *self.helpers):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
@@ -107,8 +107,16 @@ class Flux(StableDiffusion):
         return None
 
     @property
+    def architecture(self) -> str:
+        return "flux-1-dev" if self.network.config.guidance_embeds else "flux-1-schnell"
+
+    @property
     def helpers(self) -> list[nn.Module]:
         return [self.vae, self.text_encoder, self.text_encoder_2]
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        return self.pipe.tokenizer_2, self._tokens
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpo.diffusion import from_eps, from_v
 from ddpo.models import Cond
-from ddpo.models._common import BUILT_IN, DTYPES, Networks, OnMeta, quiet
+from ddpo.models._common import DTYPES, Networks, OnMeta, quiet
 from ddpo.models._kind import refuse_other_family
 from ddpo.schedule import Schedule, VariancePreserving
 
@@ -55,7 +55,7 @@ class StableDiffusion(Networks):
         from diffusers import DDIMScheduler  # here: it takes seconds, and a typo should not
 
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
-        schedule = self._load(BUILT_IN.get(path, path), revision)
+        schedule = self.load(path, revision)
         for module in (self.network, *self.helpers):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
@@ -93,8 +93,18 @@ class StableDiffusion(Networks):
         return pipe.scheduler.config
 
     @property
+    def architecture(self) -> str:
+        second = "stable-diffusion-v2-768-v" if self.interpret is PREDICTIONS["v_prediction"] else "stable-diffusion-v2-512"
+        known = {768: "stable-diffusion-v1", 1024: second}
+        return known.get(self.network.config.cross_attention_dim, "latent-diffusion")
+
+    @property
     def helpers(self) -> list[nn.Module]:
         return [self.vae, self.text_encoder]
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        return self.tokenizer, self.tokenizer.model_max_length
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddpo.diffusion import from_velocity
 from ddpo.models import Cond
-from ddpo.models._common import BUILT_IN, DTYPES, OnMeta, quiet
+from ddpo.models._common import DTYPES, OnMeta, quiet
 from ddpo.models._kind import refuse_other_family, refuse_other_schedule
 from ddpo.models.sd import StableDiffusion
 from ddpo.schedule import FlowMatching
@@ -57,7 +57,7 @@ class StableDiffusion3(StableDiffusion):
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
         built_in = path == "menagerie-flow"
         self._with_t5, self._tokens = (False, 0) if built_in else (text_encoder_3, max_sequence_length)
-        self.schedule, self.interpret = _schedule(path, self._load(BUILT_IN.get(path, path), revision)), from_velocity
+        self.schedule, self.interpret = _schedule(path, self.load(path, revision)), from_velocity
         for module in (self.network, *self.helpers):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
@@ -102,8 +102,20 @@ class StableDiffusion3(StableDiffusion):
         return resolution // factor
 
     @property
+    def architecture(self) -> str:
+        sizes = self.network.config
+        known = {(24, False): "-m", (24, True): "-5-medium", (38, False): "-5-large"}
+        return "stable-diffusion-3" + known.get((sizes.num_layers, bool(sizes.dual_attention_layers)), "")
+
+    @property
     def helpers(self) -> list[nn.Module]:
         return [self.vae, *self.text_encoders]
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        if self._with_t5:
+            return self.pipe.tokenizer_3, self._tokens
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:

@@ -78,8 +78,16 @@ class StableDiffusionXL(StableDiffusion):
         return torch.float32 if self.vae.config.force_upcast else self.dtype
 
     @property
+    def architecture(self) -> str:
+        return "stable-diffusion-xl-v1-base"
+
+    @property
     def helpers(self) -> list[nn.Module]:
         return [self.vae, self.text_encoder, self.text_encoder_2]
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        return self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
