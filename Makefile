@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo test slow lint figures clean
+.PHONY: setup demo test slow lint audit figures clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,9 @@ slow: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+audit: setup  # known vulnerabilities of what is installed; asks the advisory database, so it needs the network
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

@@ -8,7 +8,8 @@ from ddpo import offline
 from ddpo.algorithms import Algorithm
 from ddpo.deal import Row
 from ddpo.diffusion import Solver
-from ddpo.learner import TrainingError
+from ddpo.meeting import TrainingError
+from ddpo.memory import Batch
 from ddpo.noise import Address, generator
 from ddpo.policy import Policy
 from ddpo.rollout import Rollout, collect, stochastic_steps
@@ -38,18 +39,25 @@ class Actor:
             )
 
     def draw(
-        self, rows: Sequence[Row], address: Address, advance: Callable[[int], None], drawn: Callable[[Tensor], None]
+        self,
+        rows: Sequence[Row],
+        address: Address,
+        batch: Batch,
+        advance: Callable[[int], None],
+        drawn: Callable[[Tensor], None],
     ) -> Rollout:
         """The rows' pictures by the algorithm's acting self.
 
         Args:
             address: of the iteration's randomness; its last part is the iteration's number.
+            batch: pictures at a time.
             advance, drawn: as in `collect`.
         """
         with self.policy.acting_as(self.algorithm.actor):
             return collect(
                 self.policy, [row.prompt.text for row in rows], [(*address, row.group, row.member) for row in rows],
-                self._solver(address), self.settings.num_steps, self.settings.batch_size, self.algorithm.needs_trajectory, advance, drawn,
+                self._solver(address), self.settings.num_steps, batch, self.algorithm.needs_trajectory, advance, drawn,
+                keep_beliefs=self.settings.credit is not None,
             )  # fmt: skip
 
     def read(self, rows: Sequence[Row], address: Address, advance: Callable[[int], None]) -> Rollout:

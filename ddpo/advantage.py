@@ -194,12 +194,13 @@ class Standardised:
 def zero_spread(rewards: Tensor, prompts: Sequence[str]) -> float:
     """The share of prompts whose samples all score alike: they teach a group-relative algorithm nothing.
 
-    Where no prompt has two samples there is nothing of that kind to tell, and all are one group.
+    A prompt with one sample says nothing of that kind. Where no prompt has two, all are one group.
     """
     group = _group_numbers(prompts)
     if len(set(prompts)) == len(prompts):
         group = torch.zeros_like(group)
-    groups = [rewards[(group == g) & rewards.isfinite()] for g in range(int(group.max()) + 1)]
+    rows = [group == g for g in range(int(group.max()) + 1)]
+    groups = [rewards[r & rewards.isfinite()] for r in rows if len(rewards) == 1 or r.sum() > 1]
     return sum(float(len(r) == 0 or bool(r.min() == r.max())) for r in groups) / len(groups)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, layer_norm, silu
 
 from ddpo.checkpoint import pack_optimizer, unpack_optimizer
+from ddpo.credit import by_step, lambda_returns
 from ddpo.models import Family
 from ddpo.noise import generator
 from ddpo.rollout import Rollout
@@ -122,30 +123,8 @@ class Critic:
 
 
 def with_advantages(rollout: Rollout, lesson: Lesson) -> Rollout:
-    """The rollout with an advantage (N, S) for each step; a step without noise has none, that is zero."""
-    advantages = torch.zeros(rollout.log_probs.shape, device=lesson.values.device)
-    advantages[:, rollout.stochastic] = lesson.advantages
-    return replace(rollout, advantages=advantages)
-
-
-def lambda_returns(values: Tensor, outcome: Tensor, trace: float) -> Tensor:
-    """(N, K) TD(lambda) targets for the values (N, K) of successive states, where only the outcome (N,) pays.
-
-    G_K = outcome;  G_k = (1 - lambda) V(x_{k+1}) + lambda G_{k+1}  (Sutton & Barto 2018, 12.8, without discount). So G_k - V(x_k) is
-    the generalised advantage of Schulman et al. 2016. At 1 every target is the outcome; at 0 it is the next state's value.
-    """
-    targets = [outcome]
-    for following in reversed(values.unbind(1)[1:]):
-        targets.append((1 - trace) * following + trace * targets[-1])
-    return torch.stack(targets[::-1], 1)
-
-
-def explained_variance(values: Tensor, outcome: Tensor) -> float:
-    """1 - Var(outcome - V) / Var(outcome) over all states (N, K): 1 is foresight, 0 a constant, below 0 is worse than none."""
-    scored = outcome.isfinite()
-    values, outcome = values[scored].double(), outcome[scored, None].double().expand_as(values[scored])
-    spread = outcome.var(correction=0)
-    return (1 - (outcome - values).var(correction=0) / spread).item() if spread > 0 else 0.0
+    """The rollout with an advantage (N, S) for each step."""
+    return replace(rollout, advantages=by_step(lesson.advantages, rollout.stochastic, rollout.log_probs.shape[1]))
 
 
 def _states(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:

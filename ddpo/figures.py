@@ -120,18 +120,47 @@ class _Axes:
         return " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in points)
 
 
-def chart(label: str, curves: Sequence[Curve]) -> str:
+@dataclass(frozen=True)
+class Alarm:
+    """What a run warned of, or stopped for: one sentence, said at these iterations, in the words of the last time."""
+
+    name: str
+    level: str  # "warn" or "stop"
+    text: str
+    iterations: Sequence[int]
+
+
+def alarms(metrics: Iterable[dict]) -> list[Alarm]:
+    """The alarms of the lines of metrics.jsonl, one a name and level, in the order in which they first fired."""
+    found: dict[tuple[str, str], Alarm] = {}
+    for line in metrics:
+        for told in line.get("alarms") or []:
+            key = (str(told.get("name", "alarm")), "stop" if told.get("level") == "stop" else "warn")
+            earlier = found[key].iterations if key in found else []
+            found[key] = Alarm(*key, str(told.get("text", "")), [*earlier, line["iteration"]])
+    return list(found.values())
+
+
+def chart(label: str, curves: Sequence[Curve], marks: Sequence[Alarm] = ()) -> str:
     """An SVG element of these curves over the iterations; the page's style sheet colours it. At least one point is needed.
 
-    A curve of more than MOST_POINTS points is drawn as the means of equal stretches of it.
+    A curve of more than MOST_POINTS points is drawn as the means of equal stretches of it. Iterations within reach of the curves
+    at which alarms fired are marked, each once.
     """
     drawn = [Curve(c.name, c.style, _thin(c.points)) for c in curves if c.points]
     points = [p for c in drawn for p in c.points]
     first, last = min(p[0] for p in points), max(p[0] for p in points)
     axes = _Axes(first, last, _ticks(min(p[2] for p in points), max(p[3] for p in points)))
     feet = [x for x in _ticks(first, last) if first <= x <= last and x == round(x)] if last > first else [first]
-    body = "".join([*(_rule(y, axes) for y in axes.ticks), *(_foot(x, axes) for x in feet), *(_line(c, axes) for c in drawn)])
-    spoken = html.escape(f"{label}. " + " ".join(_spoken(c) for c in drawn))
+    body = "".join(
+        [
+            *(_rule(y, axes) for y in axes.ticks),
+            *(_foot(x, axes) for x in feet),
+            *_marks(marks, axes),
+            *(_line(c, axes) for c in drawn),
+        ]
+    )
+    spoken = html.escape(f"{label}. " + " ".join([*map(_spoken, drawn), *map(_heard, marks)]))
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">{body}</svg>'
 
 
@@ -162,6 +191,20 @@ def _dot(curve: Curve, point: Point, axes: _Axes) -> str:
     tip = html.escape(f"iteration {x:g}: {curve.name} {number(y, digits)}{band}")
     place = f'cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}"'
     return f'<circle class="dot {curve.style}" {place} r="2.5"><title>{tip}</title></circle>'
+
+
+def _marks(marks: Sequence[Alarm], axes: _Axes) -> Iterable[str]:
+    """A line and a flag at each iteration at which alarms fired; one that stops is drawn over one that warns."""
+    fired = {x: alarm for alarm in sorted(marks, key=lambda alarm: alarm.level == "stop") for x in alarm.iterations}
+    for x, alarm in sorted(fired.items()):
+        if axes.first <= x <= axes.last:
+            place, tip = f"{axes.across(x):.1f}", html.escape(f"iteration {x}: {alarm.text}")
+            flag = f"M{place} {HEIGHT - BOTTOM}V{TOP}M{place} {TOP}l-4 -6h8z"
+            yield f'<path class="mark {alarm.level}" d="{flag}"><title>{tip}</title></path>'
+
+
+def _heard(alarm: Alarm) -> str:
+    return f"Alarm at iteration {alarm.iterations[0]}: {alarm.text}"
 
 
 def _rule(y: float, axes: _Axes) -> str:

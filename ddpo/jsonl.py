@@ -7,20 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ddpo.durable import replace
+from ddpo.durable import explained, replace
 
 
 def append(path: Path, record: dict) -> None:
     """Add one line; it is on the disk when this returns. NaN and infinity, which JSON has not, are written as null.
 
     A last line without its newline was never finished (the process was killed while writing it): it is cut off first.
+
+    Raises:
+        FileError: the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        _cut_torn_tail(file)
-        file.write(_line(record))
-        file.flush()
-        os.fsync(file.fileno())
+    with explained(f"{path}: a line was not written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            _cut_torn_tail(file)
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[dict]:

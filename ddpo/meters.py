@@ -46,6 +46,11 @@ class Seen:
         for name, value in metrics.items():
             self.values.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32).flatten())
 
+    def extend(self, other: "Seen") -> None:
+        """Add all that another has collected."""
+        for name, values in other.values.items():
+            self.values.setdefault(name, []).extend(values)
+
     def averages(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the rows of all processes, and the largest importance ratio. Processes may have seen other numbers of
         rows, or none.
@@ -55,6 +60,9 @@ class Seen:
         """
         if "log_ratio" in self.values:
             self.values["ratio/mean"] = [v.exp() for v in self.values.pop("log_ratio")]
+        if "step" in self.values:  # where in the schedule each ratio is from, as a share of its steps
+            quarter, ratio = (4 * torch.cat(self.values.pop("step"))).int(), torch.cat(self.values["ratio/mean"])
+            self.values |= {f"ratio/quarter_{q}": [ratio[quarter == q]] for q in quarter.unique().tolist()}
         names = _union(list(self.values), gather)
         mine = [torch.cat(self.values.get(name, [torch.empty(0)])).double().cpu() for name in names]
         rows = [[v.sum(), len(v), v.max() if len(v) else -torch.inf] for v in mine]

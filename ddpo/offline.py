@@ -10,9 +10,10 @@ A .jsonl file of votes holds a vote a line, which is a group of two; ties are pa
     {"prompt": "two owls", "chosen": "owls/a.png", "rejected": "owls/b.png", "tie": true}
     {"prompt": "two owls", "image_0": "owls/a.png", "image_1": "owls/b.png", "label_0": 1, "label_1": 0}
 
-The last are Pick-a-Pic's columns, as `ddpo rewards train` reads them. Paths are relative to the file. Pictures are PNG, JPEG or
-WebP; one of another size than the model's is cropped about its middle to the model's shape, and resized. The files must stay
-as they are while a run goes on.
+The last are Pick-a-Pic's columns, as `ddpo rewards train` reads them and the app writes them; "both bad", 0 and 0, is passed
+over as a tie is, and {"prompt": "two owls", "withdraws": X} takes back the vote with "id": X. Paths are relative to the file.
+Pictures are PNG, JPEG or WebP; one of another size than the model's is cropped about its middle to the model's shape, and
+resized. The files must stay as they are while a run goes on.
 """
 
 import math
@@ -67,11 +68,14 @@ def read(source: str) -> list[Group]:
     if Path(source).suffix.lower() != ".jsonl":
         raise PictureError(f"{source}: pictures are listed in a .jsonl file, a picture or a vote a line")
     try:
-        lines = prompts.numbered(source)
+        lines = list(prompts.numbered(source))
     except prompts.PromptError as error:
         raise PictureError(str(error)) from error
     wrong, groups = [], _Groups(Path(source).parent)
+    withdrawn = {str(line.metadata["withdraws"]) for _, line in lines if "withdraws" in line.metadata}
     for place, line in lines:
+        if "withdraws" in line.metadata or ("id" in line.metadata and str(line.metadata["id"]) in withdrawn):
+            continue
         try:
             groups.add(line, place)
         except PictureError as error:
@@ -81,7 +85,7 @@ def read(source: str) -> list[Group]:
         more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         raise PictureError("\n".join(wrong[:SHOWN] + more))
     if not groups.groups:
-        raise PictureError(f"{source}: every vote in it is a tie, which teaches nothing")
+        raise PictureError(f"{source}: every vote in it is a tie or withdrawn, which teaches nothing")
     return groups.groups
 
 

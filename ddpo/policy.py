@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor
 
 from ddpo.diffusion import Prediction
@@ -24,9 +24,9 @@ class LoRA:
         targets: names of the modules that get one; None is the family's own choice (attention).
     """
 
-    rank: Annotated[int, Ge(1)] = 16
+    rank: Annotated[int, Ge(1), Le(4096)] = 16
     alpha: Annotated[float, Gt(0)] | None = None
-    targets: list[str] | None = None
+    targets: Annotated[list[str], MinLen(1)] | None = None
 
 
 class Policy:
@@ -114,6 +114,21 @@ class Policy:
         finally:
             for w, data in zip(weights, now, strict=True):
                 w.data = data
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Act with W + scale * alpha / rank * B A: at 1 it is the LoRA itself, to the bit, and at 0 the base model."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        factors: list[dict[str, float]] = [m.scaling for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        before = [dict(factor) for factor in factors]
+        try:
+            for factor in factors:
+                factor.update({adapter: value * scale for adapter, value in factor.items()})
+            yield
+        finally:
+            for factor, kept in zip(factors, before, strict=True):
+                factor.update(kept)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take these trainable weights, by name."""

@@ -32,6 +32,7 @@ class Display:
         self.enabled, self.log = enabled, log
         # Asked here, because rich would also trust FORCE_COLOR, which CI services set.
         self._console = Console(force_terminal=sys.stdout.isatty(), markup=False, emoji=False, highlight=False)
+        self.doing = "starting"  # the phase at hand, and how far it is
         self._seconds: list[float] = []  # of the iterations finished in this process
         self._first: float | None = None  # the base model's reward: nothing is trained yet in the first iteration
 
@@ -51,8 +52,16 @@ class Display:
         columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         shown = self.enabled and self._console.is_terminal
         with Progress(*columns, console=self._console, transient=True, disable=not shown) as bar:
-            task = bar.add_task(printable(name), total=total)
-            yield lambda done: bar.advance(task, done)
+            task, count = bar.add_task(printable(name), total=total), 0
+
+            def advance(done: int) -> None:
+                nonlocal count
+                count += done
+                bar.advance(task, done)
+                self.doing = f"{name} ({count}/{total})"
+
+            self.doing = name
+            yield advance
         line = f"{name}: {duration(time.monotonic() - started)}"
         if shown:
             self._write(printable(line))  # the terminal showed the bar instead
@@ -111,10 +120,15 @@ class Display:
             self.say(f"{name:<10}  {what}")
 
     def _write(self, line: str) -> None:
-        if self.log:
+        if not self.log:
+            return
+        try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+        except OSError as error:  # no reason to stop: what must be written tells of a full disk itself
+            log, self.log = self.log, None
+            self.say(f"{log} cannot be written ({error}); lines are only printed from now on")
 
 
 def printable(text: str) -> str:

@@ -47,21 +47,20 @@ def load(source: str) -> list[Prompt]:
     return [prompt for _, prompt in numbered(source)]
 
 
-def numbered(source: str) -> list[tuple[str, Prompt]]:
-    """The same, each prompt with its place, "file:line"."""
-    path = _find(source)
+def numbered(source: str) -> Iterator[tuple[str, Prompt]]:
+    """The same, one at a time, each with its place, "file:line"."""
+    path, count = _find(source), 0
     parse = PARSERS[path.suffix.lower()]
-    prompts: list[tuple[str, Prompt]] = []
-    for number, line in _lines(path):
+    for count, (number, line) in enumerate(_lines(path), 1):
+        if count > MAX_PROMPTS:
+            raise PromptError(f"{path}:{number}: more than {MAX_PROMPTS} prompts; split the file")
         try:
-            prompts.append((f"{path}:{number}", parse(line)))
+            prompt = parse(line)
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}:{number}: {error}") from error
-        if len(prompts) > MAX_PROMPTS:
-            raise PromptError(f"{path}:{number}: more than {MAX_PROMPTS} prompts; split the file")
-    if not prompts:
-        raise PromptError(f"{path}: there is no prompt in it, only blank lines and comments")
-    return prompts
+        yield f"{path}:{number}", prompt
+    if not count:
+        raise PromptError(f"{path}: there is no prompt in it, only blank lines and comments; write one a line")
 
 
 def digest(source: str) -> str:
@@ -87,12 +86,18 @@ def _find(source: str) -> Path:
         )
     try:
         status = path.stat()
+    except FileNotFoundError as error:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        choice = f"give a .txt or .jsonl file, or a built-in list: {', '.join(lists)}"
+        raise PromptError(f"prompts {source!r}: there is no such file{where}; {choice}") from error
     except (OSError, ValueError) as error:
-        raise PromptError(f"prompts {source!r}: {error}") from error
+        raise PromptError(f"prompts {source[:60]!r}: {getattr(error, 'strerror', None) or error}; give another file") from error
     if not stat.S_ISREG(status.st_mode):
-        raise PromptError(f"prompts {source!r}: not a regular file")
+        raise PromptError(
+            f"prompts {source!r}: not a regular file ({stat.filemode(status.st_mode)}); give a .txt or .jsonl file"
+        )
     if status.st_size > MAX_BYTES:
-        raise PromptError(f"prompts {source!r}: {status.st_size} bytes; at most {MAX_BYTES} are read")
+        raise PromptError(f"prompts {source!r}: {status.st_size} bytes; at most {MAX_BYTES} are read: split the file")
     return path
 
 
@@ -104,28 +109,36 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             if not line:
                 return
             if len(line) > MAX_LINE:
-                raise PromptError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes; a prompt is a few sentences")
+                raise PromptError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE} bytes; a prompt is a few sentences, so shorten it"
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise PromptError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+                remedy = "unpack it" if line.startswith(b"\x1f\x8b") else "save the file as UTF-8"
+                raise PromptError(f"{path}:{number}: not UTF-8 ({error.reason}); {remedy}") from error
             if text and not text.startswith("#"):
                 yield number, text
 
 
 def _plain(line: str) -> Prompt:
-    return Prompt(_clean(line))
+    return Prompt(clean(line))
 
 
 def _record(line: str) -> Prompt:
-    record = json.loads(line, parse_constant=_refuse_constant)
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not JSON ({error.msg.removesuffix(' at')}, character {error.pos + 1}); mend the line or take it out"
+        ) from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError('each line must be a JSON object with a text "prompt", such as {"prompt": "two owls", "count": 2}')
-    return Prompt(_clean(record.pop("prompt")), record)
+    return Prompt(clean(record.pop("prompt")), record)
 
 
-def _clean(text: str) -> str:
-    """The text as it is, or an error if it is blank or holds what would corrupt a terminal, a log or a page."""
+def clean(text: str) -> str:
+    """The text as it is. Raises ValueError if it is blank or holds what would corrupt a terminal, a log or a page."""
     if not text.strip():
         raise ValueError("the prompt is empty")
     for character in text if not text.isprintable() else "":

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpo.durable import replace
-from ddpo.figures import Comparison, Curve, chart, comparisons, duration, forest, means, number, percent, places
-from ddpo.jsonl import append, read, truncate
+from ddpo.figures import Alarm, Comparison, Curve, alarms, chart, comparisons, duration, forest, means, number, percent, places
+from ddpo.jsonl import append, read, truncate, write
 from ddpo.page import Html, Page, join
 from ddpo.runs import Pair, Run, Sample, grid, save_samples, webp
 
-__all__ = ["Run", "Sample", "append", "grid", "read", "save_samples", "truncate", "write_report"]
+__all__ = ["Run", "Sample", "append", "cut", "grid", "read", "save_samples", "truncate", "write_report"]
 
 GAINS, LOSSES = 8, 4  # pairs in the page
 PICTURE_BYTES = 120_000  # of one picture in the page, at most: with base64, 24 of them stay under 4 MB
@@ -26,8 +26,21 @@ PROMPT_LENGTH = 400  # characters of a prompt in the page
 _page = Page("report.html")
 
 
-def write_report(folder: Path) -> Path:
-    """Write the run folder's report.html: one page of at most 5 MB that opens from disk and loads nothing.
+def cut(folder: Path, done: int, left: str = "") -> None:
+    """Drop what the files of a run say of iterations after `done`, which will be done again; metrics go to the file `left`, if named."""
+
+    def kept(line: dict) -> bool:
+        return line["iteration"] <= done
+
+    metrics = folder / "metrics.jsonl"
+    if left:
+        write(folder / left, [line for line in read(metrics) if not kept(line)])
+    truncate(metrics, kept)
+    truncate(folder / "samples" / "index.jsonl", kept)
+
+
+def write_report(folder: Path, target: Path | None = None) -> Path:
+    """Write the run folder's report.html, there or under `target`: one page of at most 5 MB that opens from disk and loads nothing.
 
     A run that still goes on, or whose files are missing in part, gives a page that says so and shows what there is.
 
@@ -48,6 +61,7 @@ def write_report(folder: Path) -> Path:
         notes=_notes(run),
         result=_result(run),
         asked=_facts(_asked(run)),
+        alarms=_alarms(alarms(run.metrics)),
         curves=_curves(run),
         pairs=_pairs(run),
         command=_text(run.facts.get("command")),
@@ -55,7 +69,7 @@ def write_report(folder: Path) -> Path:
         environment=_facts(_environment(run)),
         config=run.config or "config.yaml is missing.",
     )
-    path = folder / "report.html"
+    path = (target or folder) / "report.html"
     replace(path, page.encode("utf-8", "backslashreplace"))
     return path
 
@@ -76,6 +90,7 @@ def _notes(run: Run) -> Html:
         "config.yaml is missing.": not run.config,
         "metrics.jsonl records no iteration yet, so there are no curves.": run.iteration == 0,
         "The tuned model has not been evaluated yet, so no numbers compare it with the base model.": not run.evaluations,
+        _fired(alarms(run.metrics)): bool(alarms(run.metrics)),
         "There are no sample pictures of both the base and the tuned model, so no pairs are shown.": not run.pairs,
     }
     items = [_page.fill("note", text=text) for text, true in found.items() if true]
@@ -118,13 +133,18 @@ def _result_row(c: Comparison) -> Html:
 def _asked(run: Run) -> dict[str, str]:
     facts, prompts = run.facts, run.facts.get("prompts") or {}
     return {
-        "Reward": run.asked("rewards") or ", ".join(run.trained) or "not recorded",
-        "Held-out rewards": run.asked("held_out_rewards").removeprefix("[]") or "none",
-        "Algorithm": run.asked("algorithm") or "not recorded",
+        "Reward": _said(run.asked("rewards")) or ", ".join(run.trained) or "not recorded",
+        "Held-out rewards": _said(run.asked("held_out_rewards")).removeprefix("[]") or "none",
+        "Algorithm": _said(run.asked("algorithm")) or "not recorded",
         "Model": _text(facts.get("model")) + (f"\nrevision {facts['revision']}" if facts.get("revision") else ""),
         "Training prompts": _prompts(prompts.get("train")),
         "Held-out prompts": _prompts(prompts.get("held_out")),
     }
+
+
+def _said(section: str) -> str:
+    """Without the options that are left open: all of them are in the configuration below."""
+    return "\n".join(line for line in section.split("\n") if not line.endswith((": null", ": []")))
 
 
 def _environment(run: Run) -> dict[str, str]:
@@ -145,15 +165,42 @@ def _facts(values: dict[str, str]) -> Html:
     return join(_page.fill("fact", term=term, text=text) for term, text in values.items())
 
 
+def _fired(found: list[Alarm]) -> str:
+    names = ", ".join(alarm.name for alarm in found)
+    return f"Alarms fired while it ran: {names}. Their sentences are under “How it went”."
+
+
+def _alarms(found: list[Alarm]) -> Html:
+    """What fired, when, and what it said; those that stop a run first."""
+    items = [
+        _page.fill("alarm", level=alarm.level, name=alarm.name, text=alarm.text, when=_when(alarm))
+        for alarm in sorted(found, key=lambda alarm: alarm.level != "stop")
+    ]
+    return _page.fill("alarms", items=join(items)) if items else Html()
+
+
+def _when(alarm: Alarm) -> str:
+    first, *more = alarm.iterations
+    return f"{alarm.level}, iteration {first}" + (f" and {len(more)} more, last {more[-1]}" if more else "")
+
+
 def _curves(run: Run) -> Html:
+    fired = alarms(run.metrics)
     scorers = list(dict.fromkeys(c.scorer for m in run.metrics for c in comparisons(m)))
     drawn = [
-        _chart("Training reward", "mean of an iteration, band: one standard deviation", _own(run, "reward/mean", "reward/std")),
-        *(_chart(f"{s}, held-out prompts", "band: 95 % interval of the difference", _evaluated(run, s)) for s in scorers),
-        _chart("Diversity", "of held-out pictures", _own(run, "eval/diversity/base") + _own(run, "eval/diversity/tuned")),
-        _chart("KL to base", "a denoising step, nats", _own(run, "kl/step_nats")),
-        _chart("Clip fraction", "share of ratios clipped", _own(run, "clip_fraction")),
-        _chart("Gradient norm", "before it is limited", _own(run, "grad_norm")),
+        _chart(
+            "Training reward",
+            "mean of an iteration, band: one standard deviation",
+            _own(run, "reward/mean", "reward/std"),
+            fired,
+        ),
+        *(_chart(f"{s}, held-out prompts", "band: 95 % interval of the difference", evaluated(run, s), fired) for s in scorers),
+        _chart(
+            "Diversity", "of held-out pictures", _own(run, "eval/diversity/base") + _own(run, "eval/diversity/tuned"), fired
+        ),
+        _chart("KL to base", "a denoising step, nats", _own(run, "kl/step_nats"), fired),
+        _chart("Clip fraction", "share of ratios clipped", _own(run, "clip_fraction"), fired),
+        _chart("Gradient norm", "before it is limited", _own(run, "grad_norm"), fired),
     ]
     shown = [c for c in drawn if c]
     return _page.fill("charts", items=join(shown)) if shown else _page.fill("plain", text="No iteration has been recorded yet.")
@@ -166,7 +213,7 @@ def _own(run: Run, key: str, spread: str = "") -> list[Curve]:
     return [Curve(name, name, [(x, y, y - s, y + s) for x, y, s in found])]
 
 
-def _evaluated(run: Run, scorer: str) -> list[Curve]:
+def evaluated(run: Run, scorer: str) -> list[Curve]:
     """Means of base and tuned; the interval of their difference is laid around the base's mean, so it clears it or not."""
     found = [(m["iteration"], c) for m in run.metrics for c in comparisons(m) if c.scorer == scorer]
     base = [(x, c.base, c.base, c.base) for x, c in found if c.whole]
@@ -174,13 +221,13 @@ def _evaluated(run: Run, scorer: str) -> list[Curve]:
     return [Curve("base", "base", base), Curve("tuned", "tuned", tuned)]
 
 
-def _chart(title: str, text: str, curves: Sequence[Curve]) -> Html:
+def _chart(title: str, text: str, curves: Sequence[Curve], fired: Sequence[Alarm]) -> Html:
     """A figure of these curves, or nothing where they have no points."""
     shown = [c for c in curves if c.points]
     if not shown:
         return Html()
     keys = [_page.fill("key", style=c.style, name=c.name) for c in shown if len(shown) > 1]
-    return _page.fill("chart", title=title, text=text, keys=join(keys), drawing=Html(chart(f"{title}, {text}", shown)))
+    return _page.fill("chart", title=title, text=text, keys=join(keys), drawing=Html(chart(f"{title}, {text}", shown, fired)))
 
 
 def _pairs(run: Run) -> Html:

@@ -16,7 +16,7 @@ class Scoring:
     """What a reward's entry takes beside the scorer's own options.
 
     Args:
-        weight: what it counts in the sum.
+        weight: what it counts in the sum. One that is only watched is guarded against over-optimisation, unless its weight is 0.
         floor: how many standard errors its held-out mean may fall below the base model's. A multiplier holds it there.
         device: where it computes, such as "cpu" or "cuda:1"; None is where the pictures are made.
         offload: keep it in the CPU's memory between uses.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpo.diffusion import DDIM, DPMSolver, Level, Solver, log_prob, step_mean
+from ddpo.memory import Batch
 from ddpo.models import Cond
 from ddpo.noise import Address, generator, normal
 from ddpo.policy import Policy
@@ -34,6 +35,7 @@ class Rollout:
     stochastic: list[int]  # the steps that have a density
     images: Tensor  # (N, 3, height, width) uint8 on the CPU: the very pixels that are scored, saved and hashed
     solver: Solver
+    beliefs: Tensor | None = None  # (N, number of stochastic steps, 3, height, width) uint8: the pictures predicted before them
     # What the judge says, and how to ask it again
     advantages: Tensor | None = None  # (N,), or (N, S) where each step has its own
     rewards: Tensor | None = None  # (N,) what the advantages were made of; NaN where a picture could not be scored
@@ -50,6 +52,7 @@ class Rollout:
         return replace(
             self, prompts=[self.prompts[i] for i in rows], addresses=[self.addresses[i] for i in rows],
             cond_rows=pick(self.cond_rows), latents=pick(self.latents), log_probs=pick(self.log_probs), images=pick(self.images),
+            beliefs=None if self.beliefs is None else pick(self.beliefs),
             advantages=None if self.advantages is None else pick(self.advantages),
             rewards=None if self.rewards is None else pick(self.rewards),
             metadata=None if self.metadata is None else [self.metadata[i] for i in rows],
@@ -155,28 +158,39 @@ def collect(
     addresses: Sequence[Address],
     solver: Solver,
     num_steps: int,
-    batch_size: int,
+    batch_size: int | Batch,
     keep_trajectory: bool,
     advance: Callable[[int], None] = lambda rows: None,
     drawn: Callable[[Tensor], None] = lambda images: None,
+    keep_beliefs: bool = False,
 ) -> Rollout:
     """Act: one image for each prompt, its noise drawn at its own address.
 
     Args:
-        batch_size: rows that go through the network at a time. A sample does not depend on it (in float32, up to the
-            last bits).
+        batch_size: rows that go through the network at a time; fewer from then on where the memory does not hold them. A sample
+            does not depend on it (in float32, up to the last bits).
         advance: told the number of rows after each denoising step.
         drawn: given each batch's (B, 3, height, width) uint8 images as soon as they are there, in order.
+        keep_beliefs: decode what the network believes in before each stochastic step, too.
+
+    Raises:
+        ddpo.memory.NoMemory: the memory does not hold a single row.
     """
     cond, cond_rows = conditions(policy, prompts)
     times = policy.family.schedule.times(num_steps)
-    parts = []
-    for rows in torch.arange(len(prompts)).split(batch_size):
-        batch_cond = {k: v[cond_rows[rows]] for k, v in cond.items()}
-        parts.append(_sample(policy, batch_cond, [addresses[i] for i in rows], solver, times, keep_trajectory, advance))
-        drawn(parts[-1][-1])
-    latents, log_probs, images = (torch.cat(part) for part in zip(*parts, strict=True))
     stochastic = stochastic_steps(policy.family.schedule, solver, num_steps)
+    foretold = stochastic if keep_beliefs else []
+
+    def sample(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch_cond = {k: v[cond_rows[rows]] for k, v in cond.items()}
+        places = [addresses[i] for i in rows]
+        return _sample(policy, batch_cond, places, solver, times, keep_trajectory, advance, foretold)
+
+    parts = []
+    for part in (batch_size if isinstance(batch_size, Batch) else Batch(batch_size)).pieces(len(prompts), sample):
+        parts.append(part)
+        drawn(part[2])
+    latents, log_probs, images, beliefs = (torch.cat(part) for part in zip(*parts, strict=True))
     return Rollout(
         list(prompts),
         list(addresses),
@@ -189,6 +203,7 @@ def collect(
         stochastic,
         images,
         solver,
+        beliefs if keep_beliefs else None,
     )
 
 
@@ -215,18 +230,21 @@ def _sample(
     times: Tensor,
     keep_trajectory: bool,
     advance: Callable[[int], None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(latents, log-probabilities, images) of one batch.
+    foretold: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(latents, log-probabilities, images, what is believed before the `foretold` steps) of one batch.
 
     Latents are float32 from the draw on: the stored one, the one the network sees next and the one whose
     log-probability is recorded are the same bits.
     """
     family, device, n = policy.family, policy.family.device, len(addresses)
     x = normal([(*a, "start") for a in addresses], family.latent_shape, device)
-    latents, log_probs, last = [x], [], None
+    latents, log_probs, beliefs, last = [x], [], [], None
     for step, (t, t_next) in enumerate(zip(times[:-1].to(device), times[1:].to(device), strict=True)):
         t, now, then = t.expand(n), family.schedule.level(t.expand(n)), family.schedule.level(t_next.expand(n))
         belief = policy(x, t, cond)
+        if step in foretold:
+            beliefs.append(_pixels(family.decode(belief.x0)))
         if isinstance(solver, DPMSolver):
             ahead = solver.lean(belief, now, then, last if step + 2 < len(times) else None)
             belief, last = ahead, (belief, now)
@@ -236,7 +254,13 @@ def _sample(
             latents.append(x)
             log_probs.append(log_prob(x, mean, std))
         advance(n)
-    images = family.decode(x).mul(255).round().byte().cpu()
+    images = _pixels(family.decode(x))
+    predicted = torch.stack(beliefs, 1) if beliefs else images[:, None][:, :0]
     if not keep_trajectory:
-        return x[:, None], torch.empty(n, 0), images
-    return torch.stack(latents, 1), torch.stack(log_probs, 1), images
+        return x[:, None], torch.empty(n, 0), images, predicted
+    return torch.stack(latents, 1), torch.stack(log_probs, 1), images, predicted
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """uint8 on the CPU, from [0, 1]."""
+    return images.mul(255).round().byte().cpu()

@@ -18,6 +18,7 @@ from ddpo.durable import read_json
 from ddpo.figures import comparisons
 from ddpo.jsonl import read, truncate, write
 
+FORMATS = ("WEBP", "PNG", "JPEG")  # of a run folder, which may be a stranger's
 CELL, GAP, MARGIN, LABEL, INK = 192, 6, 44, 50, "#333333"  # of a grid, in pixels: a picture, between them, left, below
 
 
@@ -78,6 +79,12 @@ class Run:
         return self.facts.get("name") or self.folder.resolve().name
 
     @property
+    def base(self) -> str:
+        """The base model: its hub id, or the last part of its path. Where it lies on whose disk is no one's business."""
+        model = str(self.facts.get("model") or "an unrecorded model")
+        return model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not Path(model).exists() else Path(model).name
+
+    @property
     def trained(self) -> list[str]:
         """The scorers trained on: those whose training reward is recorded."""
         found = [re.fullmatch("reward/(.+)/mean", key) for key in (self.metrics[-1] if self.metrics else {})]
@@ -100,6 +107,11 @@ class Run:
         """A section of config.yaml as it stands there."""
         found = re.search(rf"^{section}:(.*\n(?:(?:[ -].*)?\n)*)", self.config + "\n", re.M)
         return textwrap.dedent(found[1]).strip() if found else ""
+
+
+def file_name(name: str) -> str:
+    """A name as a file's: what is not letter, digit, dot, dash or underscore is an underscore, and no dot comes first."""
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII).lstrip(".") or "lora"
 
 
 def save_samples(
@@ -135,13 +147,13 @@ def save_samples(
     return saved
 
 
-def grid(folder: Path, iteration: int, columns: int = 8) -> Image.Image:
-    """The pairs of this iteration as one picture: the base row above the tuned row, `columns` pairs wide.
+def grid(folder: Path, iteration: int, columns: int = 8, most: int | None = None) -> Image.Image:
+    """The first `most` pairs of this iteration as one picture: the base row above the tuned row, `columns` pairs wide.
 
     Raises:
         ValueError: the run folder holds no pair of this iteration.
     """
-    found = pairs(folder, iteration)
+    found = pairs(folder, iteration)[:most]
     if not found:
         held = sorted({s.iteration for s in samples(folder)})
         raise ValueError(f"{folder}: no pictures of both iteration 0 and iteration {iteration}; it holds iterations {held}")
@@ -167,7 +179,7 @@ def webp(path: Path, limit: int) -> tuple[bytes, tuple[int, int]]:
     Raises:
         OSError: there is no such file, or it is no whole picture.
     """
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         image = file.convert("RGB")
         if file.format == "WEBP" and path.stat().st_size <= limit:
             return path.read_bytes(), image.size
@@ -202,7 +214,7 @@ def _pixels(images: Any) -> np.ndarray:
 
 def _cell(path: Path) -> Image.Image:
     """The picture, enlarged by a whole number or shrunk, so that it fits CELL pixels."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         image = file.convert("RGB")
     factor = CELL // max(image.size)
     return image.resize((image.width * factor, image.height * factor), 0) if factor else ImageOps.contain(image, (CELL, CELL))

@@ -14,6 +14,7 @@ import torch
 import rewards
 from ddpo import components
 from ddpo.config import load
+from ddpo.panel import summary
 from ddpo.rewarding import Scorer, part
 
 
@@ -80,7 +81,7 @@ def _list(args: argparse.Namespace) -> None:
     for name, factory in _built_in():
         card: rewards.Card = factory.card
         gradient = "yes" if getattr(factory, "differentiable", False) else "no"
-        rows.append((name, card.range, gradient, f"ddpo[{card.extra}]" if card.extra else "", _summary(factory)))
+        rows.append((name, card.range, gradient, f"ddpo[{card.extra}]" if card.extra else "", summary(factory)))
     rows += [(name, "", "", e.value.split(":")[0], "from an installed package") for name, e in _offered().items()]
     print(_columns(rows))
     print("\nYour own: {name: path/to/file.py:Name} or {name: package.module:Name}, see docs/rewards.md")
@@ -159,10 +160,6 @@ def _built_in() -> Iterator[tuple[str, Any]]:
 
 def _offered() -> dict[str, Any]:
     return components.entry_points("rewards")
-
-
-def _summary(factory: Any) -> str:
-    return (inspect.getdoc(factory) or "").partition("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

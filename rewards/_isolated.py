@@ -30,7 +30,8 @@ START_SECONDS = 300.0  # to import and build the scorer, which may load weights
 LONGEST_ANSWER = 2**24  # bytes
 PASSED_ON = {  # of the environment: no tokens
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME",
-    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TORCH_HOME", "XDG_CACHE_HOME", "VIRTUAL_ENV",
+    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TORCH_HOME", "XDG_CACHE_HOME", "VIRTUAL_ENV", "HF_HUB_DISABLE_TELEMETRY",
+    "DIFFUSERS_DISABLE_REMOTE_CODE", "DO_NOT_TRACK",
 }  # fmt: skip
 
 

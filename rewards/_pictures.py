@@ -11,6 +11,7 @@ from torch import Tensor
 
 LARGEST = 4096  # pixels a side, of a picture that is read from outside
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LARGEST_FILE = 4 * LARGEST**2  # bytes: such a picture with nothing compressed
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow reads forty more, and most of its security holes were in those
 
 
@@ -49,8 +50,10 @@ def opened(data: bytes) -> Image.Image:
     """A picture from the bytes of a PNG, JPEG or WebP file.
 
     Raises:
-        ValueError: it is none of these, is damaged, or has more than LARGEST pixels a side.
+        ValueError: it is none of these, is damaged, or has more than LARGEST pixels a side or LARGEST_FILE bytes.
     """
+    if len(data) > LARGEST_FILE:
+        raise ValueError(f"it has {len(data)} bytes; at most {LARGEST_FILE} are read")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rewards._learning import content, embedded
 from rewards._pairs import Fit, fit
+from rewards._tensors import require_few
 from rewards.clip import Tower, tower
 
 KEY = "preference_head"  # of the metadata: one key only, because safetensors writes several in any order
@@ -73,6 +74,7 @@ class Head:
         if not path.is_file():
             raise ValueError(f"preference head {path}: there is no such file; `ddpo rewards train` makes one from votes")
         try:
+            require_few(path)
             with safe_open(path, "pt") as file:
                 named = json.loads((file.metadata() or {}).get(KEY, "{}"))
                 if named.pop("version", None) != VERSION:
@@ -120,7 +122,8 @@ def train(
     Args:
         votes_file: JSON lines, a vote each: {"prompt": "a cat", "image_0": "a.png", "image_1": "b.png", "label_0": 1,
             "label_1": 0}, the columns of Pick-a-Pic (Kirstain et al. 2023). Labels 0.5 and 0.5 are a tie, and so are 0 and 0
-            ("both bad"). Paths are relative to the file. Other keys are not looked at.
+            ("both bad"). Paths are relative to the file. A line {"withdraws": X} takes back the vote with "id": X, as the app
+            writes it. Other keys are not looked at.
         output: the head, a .safetensors file; its folder is made if missing.
         model, pretrained: the CLIP, as in `rewards.clip.Clip`.
         seed: which votes are held out.
@@ -176,21 +179,28 @@ class _Vote:
 
 def _read(votes_file: Path) -> tuple[list[_Vote], dict[str, tuple[Path, str]]]:
     """The votes; and each picture's file and the line that first names it."""
+    lines = [(f"{votes_file}:{i}", line) for i, line in enumerate(content(votes_file, "votes").split(b"\n"), 1) if line.strip()]
+    records = [(place, _record(line, place)) for place, line in lines]
+    withdrawn = {str(record["withdraws"]) for _, record in records if "withdraws" in record}
     votes: list[_Vote] = []
     files: dict[str, tuple[Path, str]] = {}
-    for number, line in enumerate(content(votes_file, "votes").split(b"\n"), 1):
-        if line.strip():
-            votes.append(_vote(line, votes_file, f"{votes_file}:{number}", files))
+    for place, record in records:
+        if "withdraws" not in record and not ("id" in record and str(record["id"]) in withdrawn):
+            votes.append(_vote(record, votes_file, place, files))
     return votes, files
 
 
-def _vote(line: bytes, votes_file: Path, place: str, files: dict[str, tuple[Path, str]]) -> _Vote:
+def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{place}: not a line of JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a {type(record).__name__} where a JSON object belongs")
+    return record
+
+
+def _vote(record: dict[str, Any], votes_file: Path, place: str, files: dict[str, tuple[Path, str]]) -> _Vote:
     for key, kind in {"prompt": str, "image_0": str, "image_1": str, "label_0": int | float, "label_1": int | float}.items():
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
             raise ValueError(f"{place}: {key!r} is {record.get(key)!r}; {_WANTED}")

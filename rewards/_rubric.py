@@ -24,6 +24,9 @@ class Part:
         floor: how many standard errors its held-out mean may fall below the base model's; None is any number.
         device: where it computes; None is where the pictures are.
         offload: keep it in the CPU's memory between uses.
+
+    Attributes:
+        most: pictures a call; None is no limit. It is found when the memory does not hold more.
     """
 
     reward: Reward
@@ -31,6 +34,7 @@ class Part:
     floor: float | None = None
     device: str | None = None
     offload: bool = False
+    most: int | None = field(default=None, init=False)
     _home: torch.device = field(default_factory=lambda: torch.device("cpu"), init=False, repr=False)
     _scored: int = field(default=0, init=False, repr=False)
     _seconds: float = field(default=0.0, init=False, repr=False)
@@ -56,14 +60,19 @@ class Part:
         return scores
 
     def _in_pieces(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        if self.most and len(prompts) > self.most:
+            pieces = [slice(i, i + self.most) for i in range(0, len(prompts), self.most)]
+            return torch.cat([self._in_pieces(name, images[p], prompts[p], metadata[p]) for p in pieces])
         try:
             return score(name, self.reward, images, prompts, metadata)
         except RewardError as error:
-            if not isinstance(error.__cause__, torch.OutOfMemoryError) or len(prompts) == 1 or self.groupwise:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
                 raise
-        half = len(prompts) // 2  # outside the handler: its traceback would keep the failed batch in memory
-        pieces = [slice(None, half), slice(half, None)]
-        return torch.cat([self._in_pieces(name, images[p], prompts[p], metadata[p]) for p in pieces])
+            if len(prompts) == 1 or self.groupwise:
+                remedy = "set device: cpu, another GPU, or offload: true on it"
+                raise RewardError(f"reward {name!r} does not fit in memory with {len(prompts)} pictures: {remedy}") from error
+        self.most = len(prompts) // 2  # outside the handler: its traceback would keep the failed batch in memory
+        return self._in_pieces(name, images, prompts, metadata)
 
     @property
     def groupwise(self) -> bool:
@@ -243,11 +252,13 @@ class Rubric:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What changes while training, as JSON and as tensors."""
         tensors = {f"{n}.{k}": v for n, p in self.parts.items() for k, v in (_call(p.reward, "state") or {}).items()}
-        return {"floors": {name: list(held) for name, held in self._held.items()}}, tensors
+        most = {name: part.most for name, part in self.parts.items()}
+        return {"floors": {name: list(held) for name, held in self._held.items()}, "most": most}, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._held = {name: _Held(*held) for name, held in state["floors"].items()}
         for name, part in self.parts.items():
+            part.most = state["most"][name]
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             if own:
                 _call(part.reward, "load_state", own)

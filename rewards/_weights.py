@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewards._tensors import require_few
+
 HUB = "hf-hub:"
 CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt")  # files of torch.save, which are pickles
 
@@ -263,6 +265,7 @@ def _converted(source: Path) -> Path:
 def _source_of(copy: Path) -> str | None:
     """The SHA-256 of what a copy was made from."""
     try:
+        require_few(copy)
         with safe_open(copy, framework="pt") as file:
             return (file.metadata() or {}).get("source_sha256")
     except (OSError, SafetensorError):  # none yet, or a damaged one

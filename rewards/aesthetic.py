@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rewards import Card
+from rewards._tensors import read_tensors
 from rewards._weights import checked, fetched, tower
 
 
@@ -98,7 +98,7 @@ class _MLP(nn.Module):
 def _read(source: str) -> tuple[nn.Module, int]:
     """The head, frozen, and the width of the embeddings that it takes."""
     try:
-        weights = load_file(fetched(source))
+        weights = read_tensors(fetched(source))
     except SafetensorError as error:
         raise ValueError(f"aesthetic head {source} is no safetensors file: {error}") from error
     first = weights.get("weight", weights.get("layers.0.weight"))

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rewards import Card
+from rewards._tensors import read_tensors
 from rewards._weights import checked, fetched, preprocess
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores that it was trained on
@@ -137,7 +137,7 @@ class _Network(nn.Module):
 
 def _network(path: Path) -> _Network:
     try:
-        weights = {_renamed(name): tensor for name, tensor in load_file(path).items() if not _UNUSED.match(name)}
+        weights = {_renamed(name): tensor for name, tensor in read_tensors(path).items() if not _UNUSED.match(name)}
         network = _Network(*_sizes(weights))
         network.load_state_dict(weights)
     except (SafetensorError, KeyError, RuntimeError) as error:

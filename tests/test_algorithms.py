@@ -25,6 +25,7 @@ class Gaussian:
         self.family = SimpleNamespace(
             schedule=VariancePreserving((1 - betas).cumprod(0), float(1 - betas[0])), latent_shape=(1, 1, 1), device=torch.device("cpu"),
             dtype=torch.float32, encode=lambda prompts: {"none": torch.zeros(len(prompts), 1)}, decode=lambda z: z.expand(-1, 3, 1, 1),
+            interpret=d.from_eps,
         )  # fmt: skip
 
     def __call__(self, x, t, cond):

@@ -226,7 +226,10 @@ def test_extends(write: Write) -> None:
     assert {key: config.where(key) for key in places} == places
     replaced = read(write("extends: base.yaml\nalgorithm: {name: forward, beta: 1}\nrun: {lr: 1}\n"))
     assert "clip" not in replaced.algorithm.options
-    both = ["base.yaml:5: run.lr: should be greater than 0, got -1", "c.yaml:2: seed: should be a valid integer, got true"]
+    both = [
+        "base.yaml:5: run.lr: should be greater than 0, got -1; the default is 0.0003",
+        "c.yaml:2: seed: should be a whole number, got true; the default is 0",
+    ]
     assert problems(write("extends: base.yaml\nseed: true\n")) == both
 
 
@@ -242,22 +245,22 @@ BAD = [
     ("rewards:\n- clipped\n- {name: clipped, wieght: 1}", "c.yaml:6: rewards.1.wieght: unknown key; did"),
     ("rewards: [{name: clipped, weight: 0}]", "c.yaml:4: rewards.0.weight: should be greater than 0, got 0"),
     ("advantage: forward", "c.yaml:4: advantage.beta: missing; Forward needs it"),
-    ("seed: many", 'c.yaml:4: seed: should be a valid integer, got "many"'),
-    ('seed: "3"', "seed: should be a valid integer"),
-    ("seed: 1.5", "seed: should be a valid integer, got 1.5"),
-    ("seed: true", "seed: should be a valid integer, got true"),
-    ("seed:", "seed: should be a valid integer, got null"),
-    ("  lr: true", "run.lr: should be a valid number, got true"),
-    ("  lr: .nan", "run.lr: should be a valid number"),
-    ("  lr: .inf", "run.lr: should be a valid number"),
+    ("seed: many", 'c.yaml:4: seed: should be a whole number, got "many"'),
+    ('seed: "3"', "seed: should be a whole number"),
+    ("seed: 1.5", "seed: should be a whole number, got 1.5"),
+    ("seed: true", "seed: should be a whole number, got true"),
+    ("seed:", "seed: should be a whole number, got null"),
+    ("  lr: true", "run.lr: should be a number, got true"),
+    ("  lr: .nan", "run.lr: should be a number"),
+    ("  lr: .inf", "run.lr: should be a number"),
     ("  lr: 1e400", "run.lr: should be a finite number"),
     ("  lr: -3e-4", "c.yaml:4: run.lr: should be greater than 0, got -0.0003"),
-    ("  resume: 1", "run.resume: should be a valid boolean"),
-    ("  name: 12", "run.name: should be a valid string, got 12"),
+    ("  resume: 1", "run.resume: should be true or false"),
+    ("  name: 12", "run.name: should be a text, got 12"),
     ("  mode: wran", "run.mode: should be 'stop', 'warn' or 'off', got \"wran\"; did you mean 'warn'?"),
-    ("  schedule:\n    times:\n    - 1\n    - x", "c.yaml:7: run.schedule.times.1: should be a valid number"),
+    ("  schedule:\n    times:\n    - 1\n    - x", "c.yaml:7: run.schedule.times.1: should be a number"),
     ("  tags: [1]", "run.tags: should be a mapping, got [1]"),
-    ("  tags: {a: 1.5}", "run.tags.a: should be a valid integer or should be a valid string, got 1.5"),
+    ("  tags: {a: 1.5}", "run.tags.a: should be a whole number or should be a text, got 1.5"),
     ("advantage: {name: clipped, betas: [1]}", "advantage.betas: an item is missing, got [1]"),
     ("advantage: {name: clipped, clip: 1}", "advantage.clip: should be less than 1, got 1"),
     ("  schedule: []", "run.schedule: should be a mapping of keys to values, got []"),
@@ -286,14 +289,14 @@ def test_bad_file(write: Write, text: str, said: str) -> None:
 # A word of the command line -> the same.
 BAD_WORDS = [
     ("algorithm.clipp=1", "command line (algorithm.clipp=1): algorithm.clipp: unknown key; did you mean 'clip'?"),
-    ("--seed=x", "command line (--seed=x): seed: should be a valid integer"),
+    ("--seed=x", "command line (--seed=x): seed: should be a whole number"),
     ("optim.lr=1", "command line (optim.lr=1): optim: unknown key"),
     ("algorithm.clip", "command line (algorithm.clip): should be key=value"),
     ("seed=!!python/name:os.system", "a tag (tag:yaml.org,2002:python/name:os.system) is refused"),
     ("run.lr=0", "command line (run.lr=0): run.lr: should be greater than 0, got 0"),
     ("rewards.2.weight=1", "rewards.2: there is no item 2: the list has 1"),
     ("run.schedule.0.x=1", "run.schedule.0: unknown key"),
-    ("seed.x=1", 'seed: should be a valid integer, got {"x": 1}'),
+    ("seed.x=1", 'seed: should be a whole number, got {"x": 1}'),
     ("algorithm.name=forward", "command line (algorithm.name=forward): algorithm.beta: missing"),
     ("run.schedule.warmup=9", "c.yaml:2: run: warmup 9 is longer"),
     ("extends=b.yaml", "command line (extends=b.yaml): extends: unknown key"),
@@ -319,7 +322,7 @@ rewards: [nope, {name: forward, weight: -1}]
     found = problems(write(text), "oops", "run.resume=3", "advantage=3")
     assert [line.split(": ")[1] for line in found[:2]] == [
         "seed",
-        "should be key=value, with dots between the parts of the key",
+        "should be key=value, with dots between the parts of the key, as in optimizer.lr=1e-4",
     ]
     wrong = "sead algorithm.clap algorithm.clip run.iterations run.lr run.resume run.schedule.warmup"
     wrong += " rewards.0.name rewards.1.beta rewards.1.weight advantage.name seed"

@@ -13,7 +13,8 @@ from ddpo import diffusion as d
 from ddpo.advantage import Standardised, zero_spread
 from ddpo.algorithms.ddpo import DDPO
 from ddpo.algorithms.dpok import DPOK
-from ddpo.critic import Critic, explained_variance, lambda_returns, with_advantages
+from ddpo.credit import explained_variance, lambda_returns
+from ddpo.critic import Critic, with_advantages
 from ddpo.learner import Learner, TrainingError
 from ddpo.models.sd3 import StableDiffusion3
 from ddpo.policy import LoRA, Policy
@@ -354,4 +355,4 @@ def test_rewards_are_standardised_over_iterations_whatever_the_prompt():
 def test_groups_of_one_are_not_taken_for_groups_that_score_alike():
     rewards = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert zero_spread(rewards, ["a", "b", "c"]) == 0 and zero_spread(rewards * 0, ["a", "b", "c"]) == 1
-    assert zero_spread(rewards, ["a", "a", "c"]) == 0.5
+    assert zero_spread(rewards, ["a", "a", "c"]) == 0 and zero_spread(rewards * 0, ["a", "a", "c"]) == 1

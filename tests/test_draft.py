@@ -55,6 +55,7 @@ class Small:
         self.family = SimpleNamespace(
             schedule=schedule, latent_shape=(2, 3, 3), device=torch.device("cpu"), dtype=torch.float32,
             encode=lambda prompts: {"text": torch.tensor([[float(len(p))] for p in prompts])}, decode=self.decode,
+            interpret=self.interpret,
         )  # fmt: skip
 
     def output(self, x, t, text):

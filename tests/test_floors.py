@@ -15,21 +15,36 @@ FLOORS = [  # a room may import from the floors above its own line, never sidewa
         "ddpo.meters",
         "ddpo.durable",
         "ddpo.figures",
+        "ddpo.memory",
     },
     {"ddpo.models", "ddpo.menagerie", "ddpo.jsonl"},
     {"ddpo.policy", "ddpo.runs"},
     {"ddpo.rollout", "ddpo.deal", "ddpo.estimate", "ddpo.checkpoint", "ddpo.journal", "ddpo.sections", "ddpo.rewarding"},
-    {"ddpo.algorithms", "ddpo.offline", "ddpo.window", "ddpo.evaluate", "ddpo.report", "ddpo.export", "ddpo.progress"},
+    {
+        "ddpo.algorithms",
+        "ddpo.offline",
+        "ddpo.window",
+        "ddpo.evaluate",
+        "ddpo.health",
+        "ddpo.report",
+        "ddpo.export",
+        "ddpo.progress",
+        "ddpo.trackers",
+        "ddpo.votes",
+    },
     {"ddpo.trainer"},
     {"ddpo.train", "ddpo.cli", "ddpo.experiment", "ddpo.app"},
 ]
 PARTS_OF = {  # a room too large for one file
-    "ddpo.schedule": "ddpo.diffusion",
+    "ddpo.schedule": "ddpo.diffusion", "ddpo.credit": "ddpo.advantage", "ddpo.wording": "ddpo.config",
     "ddpo.components": "ddpo.config", "ddpo.yaml_lines": "ddpo.config", "ddpo.manifest": "ddpo.checkpoint",
     "ddpo.page": "ddpo.report", "ddpo.learner": "ddpo.trainer", "ddpo.actor": "ddpo.trainer", "ddpo.plan": "ddpo.experiment",
     "ddpo.recipe": "ddpo.experiment",
-    "ddpo.judge": "ddpo.trainer", "ddpo.views": "ddpo.rollout", "ddpo.scorers": "ddpo.cli",
-    "ddpo.critic": "ddpo.algorithms",
+    "ddpo.judge": "ddpo.trainer", "ddpo.views": "ddpo.rollout", "ddpo.scorers": "ddpo.cli", "ddpo.doctor": "ddpo.cli",
+    "ddpo.critic": "ddpo.algorithms", "ddpo.card": "ddpo.report", "ddpo.finish": "ddpo.experiment", "ddpo.push": "ddpo.cli",
+    "ddpo.updates": "ddpo.health", "ddpo.drift": "ddpo.evaluate", "ddpo.meeting": "ddpo.trainer", "ddpo.state": "ddpo.trainer",
+    "ddpo.watch": "ddpo.trainer", "ddpo.studio": "ddpo.experiment", "ddpo.panel": "ddpo.experiment", "ddpo.shots": "ddpo.experiment",
+    "ddpo.sheet": "ddpo.experiment", "ddpo.offer": "ddpo.experiment", "ddpo.tally": "ddpo.votes", "ddpo.ballot": "ddpo.votes",
 }  # fmt: skip
 SHARED = {
     ("ddpo.cli", "ddpo.train"), ("ddpo.cli", "ddpo.experiment"), ("ddpo.train", "ddpo.experiment"), ("ddpo.cli", "ddpo.app"),
@@ -38,6 +53,7 @@ SHARED = {
 ONLY_IN = {
     "diffusers": {"ddpo.models", "ddpo.menagerie"}, "peft": {"ddpo.policy"}, "accelerate": {"ddpo.trainer", "ddpo.experiment"},
     "rich": {"ddpo.progress", "ddpo.menagerie"}, "open_clip": {"rewards", "ddpo.menagerie"}, "gradio": {"ddpo.app"},
+    "tensorboard": {"ddpo.trackers"}, "trackio": {"ddpo.trackers"}, "wandb": {"ddpo.trackers"},
 }  # fmt: skip
 
 

@@ -181,6 +181,7 @@ class Located:
         self.family = SimpleNamespace(
             schedule=VariancePreserving((1 - betas).cumprod(0), float(1 - betas[0])), latent_shape=(1, 4, 4), device=torch.device("cpu"),
             dtype=torch.float32, encode=lambda prompts: {"none": torch.zeros(len(prompts), 1)}, decode=lambda z: z.expand(-1, 3, 4, 4),
+            interpret=d.from_eps,
         )  # fmt: skip
 
     def __call__(self, x, t, cond, guidance=None):

@@ -121,7 +121,7 @@ def test_the_introduction_says_how_much_a_scorer_contradicts_itself(tmp_path):
     assert "differs by 0.5" in moody and "noisy" in moody
 
 
-def test_too_few_scores_and_rewards_without_gradient_stop_the_run(tmp_path):
+def test_too_few_scores_stop_the_run_and_rewards_without_gradient_are_said(tmp_path):
     judge = judge_of(tmp_path, Scorer())
     texts = [row.prompt.text for row in ROWS]
     flat, some = torch.zeros(12, dtype=torch.float64), torch.arange(12.0, dtype=torch.float64)
@@ -129,8 +129,5 @@ def test_too_few_scores_and_rewards_without_gradient_stop_the_run(tmp_path):
     some[:2] = torch.nan
     with pytest.raises(RewardError, match=r"17% of this iteration's pictures could not be scored.*max_missing=0.1"):
         judge.check(some, texts)
-    assert "teaches nothing" in judge.check(flat, texts) and "teaches nothing" in judge.check(flat, texts)
-    with pytest.raises(RewardError, match="no gradient: 3 iterations running"):
-        judge.check(flat, texts)
-    judge.flat = 2
-    assert judge.check(torch.arange(12.0, dtype=torch.float64), texts) is None and judge.flat == 0
+    assert "teaches nothing" in judge.check(flat, texts)
+    assert judge.check(torch.arange(12.0, dtype=torch.float64), texts) is None

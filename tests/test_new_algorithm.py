@@ -36,7 +36,7 @@ def test_the_file_is_all_it_takes_to_train(plug_in, tiny, tmp_path):
     torch.testing.assert_close(weights(small), weights(whole), atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("word, told", [("near: -1", "greater than or equal to 0"), ("neer: 2", "did you mean 'near'")])
+@pytest.mark.parametrize("word, told", [("near: -1", "at least 0"), ("neer: 2", "did you mean 'near'")])
 def test_its_options_are_checked_as_all_are(plug_in, word, told):
     with pytest.raises(ConfigError, match=told):
         load(RECIPE, [f"algorithm={{name: '{plug_in}:Pull', {word}}}", ODE_WORD], Recipe)

@@ -122,7 +122,7 @@ def test_bad_votes_and_whole_files(folder):
     assert len(lines) == 11 and "list.jsonl:10: " in lines[9] and lines[10] == "and 2 more"
     with pytest.raises(PictureError, match=r"listed in a \.jsonl file"):
         offline.read("menagerie-train")
-    with pytest.raises(PictureError, match="No such file"):
+    with pytest.raises(PictureError, match="there is no such file"):
         offline.read(str(folder / "nowhere.jsonl"))
 
 

@@ -37,7 +37,10 @@ BAD = {
     "long line.txt": (b"a cat\n" + b"x" * 10_000_000, ":2: the line is longer than 65536 bytes"),
     "long comment.txt": (b"#" + b"x" * 100_000, ":1: the line is longer than 65536 bytes"),
     "packed.txt": (gzip.compress(b"a cat\n", mtime=0), ":1: not UTF-8"),
-    "cut off.jsonl": (b'{"prompt": "a cat"}\n' * 730 + b'{"prompt": "a c', ":731: Unterminated string"),
+    "cut off.jsonl": (
+        b'{"prompt": "a cat"}\n' * 730 + b'{"prompt": "a c',
+        ":731: not JSON (Unterminated string starting, character 12)",
+    ),
     "list.jsonl": (b'["a cat"]\n', ":1: each line must be a JSON object"),
     "no prompt.jsonl": (b'{"text": "a cat"}\n', ":1: each line must be a JSON object"),
     "number.jsonl": (b'{"prompt": 3}\n', ":1: each line must be a JSON object"),
@@ -112,7 +115,7 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path):
         ("../prompt_lists/animals", "neither a .txt or .jsonl file nor a built-in list"),
         ("prompts.csv", "neither a .txt or .jsonl file"),
         ("", "neither a .txt or .jsonl file"),
-        ("/nowhere/prompts.txt", "No such file"),
+        ("/nowhere/prompts.txt", "there is no such file; .*built-in list: activities"),
         ("a\0b.txt", "null"),
         ("x" * 5000 + ".txt", "too long"),
     ],
@@ -130,7 +133,7 @@ def test_built_in_lists_are_whole_and_say_what_they_are():
     sizes = {name: len(set(texts(name))) for name in prompts.built_in()}
     assert sizes == {
         "activities": 135, "activities-held-out": 90, "animals": 45, "animals-held-out": 30, "imagenet-animals": 398,
-        "menagerie-train": 1207, "menagerie-held-out": 173,
+        "menagerie-train": 1207, "menagerie-held-out": 173, "menagerie-no-colour": 86, "menagerie-no-colour-held-out": 52,
     }  # fmt: skip
     for name in sizes:
         first, *rest = (prompts.LISTS / f"{name}.txt").read_text().splitlines()
@@ -141,10 +144,14 @@ def test_menagerie_lists_are_the_worlds_captions():
     every = scenes.all_scenes()
     assert texts("menagerie-train") == [s.caption for s in every if not s.held_out]
     assert texts("menagerie-held-out") == [s.caption for s in every if s.held_out]
+    subjects = list(dict.fromkeys(s.subject for s in every))
+    held = {text for text in subjects if hashlib.sha256(text.encode()).digest()[0] % 3 == 0}
+    assert texts("menagerie-no-colour") == [text for text in subjects if text not in held]
+    assert texts("menagerie-no-colour-held-out") == [text for text in subjects if text in held]
 
 
 def test_held_out_lists_share_nothing_with_training():
-    for name in ("animals", "activities", "menagerie-train"):
+    for name in ("animals", "activities", "menagerie-train", "menagerie-no-colour"):
         assert not set(texts(name)) & set(texts(name.removesuffix("-train") + "-held-out"))
 
 

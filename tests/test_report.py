@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ddpo import report
-from ddpo.figures import HEIGHT, LEFT, WIDTH, Curve, chart, comparisons
+from ddpo.figures import HEIGHT, LEFT, WIDTH, Alarm, Curve, alarms, chart, comparisons
 from ddpo.runs import webp
 
 EVIL = "<script>alert(1)</script> \"a\" & 'b' $name http://example.com/x.png \x1b[2J \ud800"
@@ -282,6 +282,56 @@ def test_a_run_that_has_just_begun_has_a_page_that_says_so(tmp_path):
     reader, _ = page(tmp_path)
     assert "had not ended" in reader.text and "The tuned model has not been evaluated" in reader.text
     assert "no iteration yet" not in reader.text and "Training reward" in reader.text
+
+
+def test_alarms_are_marked_on_every_curve_and_said_once(tmp_path):
+    folder = finished(tmp_path / "run")
+    lines = report.read(folder / "metrics.jsonl")
+    warned = {"name": "diversity", "level": "warn", "text": "alike <b>x</b>, 1"}
+    lines[2]["alarms"] = [warned]
+    lines[3]["alarms"] = [warned | {"text": "alike, 2"}, {"name": "hacking", "level": "stop", "text": "clip fell"}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader, path = page(folder)
+    text = path.read_text("utf-8")
+    charts = text.count('<svg class="chart"')
+    assert charts == 7 and text.count('class="mark warn"') == charts and text.count('class="mark stop"') == charts
+    assert "Alarms fired while it ran: diversity, hacking." in reader.text
+    listed = (
+        reader.text.index("hacking stop, iteration 3 clip fell"),
+        reader.text.index("diversity warn, iteration 2 and 1 more"),
+    )
+    assert listed == tuple(sorted(listed)) and "<b>x" not in text and "alike, 2" in reader.text
+    assert alarms(lines) == [
+        Alarm("diversity", "warn", "alike, 2", [2, 3]), Alarm("hacking", "stop", "clip fell", [3]),
+    ]  # fmt: skip
+
+
+def test_the_page_prints_both_pictures_and_its_colours_can_be_read(tmp_path):
+    _, path = page(finished(tmp_path / "run"))
+    css = re.search(r"<style>(.*?)</style>", path.read_text("utf-8"), re.S)[1]
+    slider = re.search(r"@media screen \{(.*?)\n\}", css, re.S)[1]
+    assert "clip-path" in slider and css.count("clip-path") == 1  # on paper nothing is cut: both stand side by side
+    light, dark, paper = (dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S))
+    for colours in (light, dark, paper):
+        grounds = [colours["paper"], colours["sheet"]]
+        for ink in ("ink", "quiet", "tuned", "gain", "loss"):
+            assert min(contrast(colours[ink], ground) for ground in grounds) >= 4.5, ink
+        for mark in ("base", "warn"):
+            assert min(contrast(colours[mark], ground) for ground in grounds) >= 3, mark
+        assert contrast(colours["ink"], colours["note"]) >= 4.5
+
+
+def contrast(one, other):
+    """WCAG 2.2: the ratio of two colours' relative luminances."""
+
+    def luminance(colour):
+        full = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        parts = [int(full[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_a_picture_that_is_gone_leaves_the_rest(tmp_path):

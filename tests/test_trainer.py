@@ -44,20 +44,22 @@ class Brightness:
         return scores
 
 
-def trainer_of(folder, tiny, reward=None, iterations=3, algorithm=None, advantage=None, lr=1e-2, identity=None, **options):
+def trainer_of(
+    folder, tiny, reward=None, iterations=3, algorithm=None, advantage=None, lr=1e-2, identity=None, lora=None, display=None, **options
+):  # fmt: skip
     acting = dict(
         solver=Component("diffusion:DDIM", DDIM, {"eta": 1.0}), num_steps=4, guidance=2.0, prompts=4, group_size=3, batch_size=6,
-        window=None, choice=None,
+        window=None, choice=None, credit=None,
     )  # fmt: skip
     acting |= {k: options.pop(k) for k in list(options) if k in acting}
     learning = dict(lr=lr, updates=2, micro_batch=6) | options
     return Trainer(
-        Policy(StableDiffusion(str(tiny), dtype="float32"), LoRA(4), acting["guidance"]),
+        Policy(StableDiffusion(str(tiny), dtype="float32"), lora or LoRA(4), acting["guidance"]),
         algorithm or DDPO(clip=0.1), advantage or GroupRelative(),
         Task(PROMPTS[:5], PROMPTS[5:], Rubric.of([(reward or Brightness(), 1.0)]), Rubric.of([])),
         Run(seed=0, iterations=iterations, eval_every=2, save_every=1),
         Acting(**acting), Learning(**learning), Evaluating(1, 2),
-        folder, identity or {"model": "tiny"}, Accelerator(cpu=True), Display(False, None),
+        folder, identity or {"model": "tiny"}, Accelerator(cpu=True), display or Display(False, None),
     )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def test_journaled_rewards_are_read_and_not_asked_for_again(tiny, tmp_path):
         trainer_of(tmp_path, tiny, Brightness(breaks_at=PROBE + 9)).run()  # in the second batch of the first iteration
     again = Brightness()
     trainer_of(tmp_path, tiny, again, iterations=1).run()
-    assert again.asked == PROBE + 6 + 2  # the probe, the batch that was lost, the probe at the end
+    assert again.asked == 6 + 2  # the batch that was lost, the probe at the end
     assert len(lines(tmp_path, "rewards.jsonl")) == 12
 
 
@@ -195,16 +197,6 @@ def test_only_the_steps_above_min_sigma_are_learned_from(tiny, tmp_path):
     ]
     trainer.run()
     assert not torch.equal(weights(trainer), before) and weights(trainer).isfinite().all()
-
-
-def test_a_gradient_that_is_not_finite_updates_nothing(tiny, tmp_path):
-    trainer = trainer_of(tmp_path, tiny)
-    first = next(iter(trainer.policy.weights.values()))
-    first.register_hook(lambda g: g * float("inf"))
-    before = weights(trainer)
-    with pytest.raises(TrainingError, match="not finite"):
-        trainer.run()
-    assert torch.equal(weights(trainer), before)
 
 
 def test_micro_batches_do_not_change_the_update(tiny, tmp_path):

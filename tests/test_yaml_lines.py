@@ -105,9 +105,9 @@ def test_every_value_knows_its_line(write: Write) -> None:
 BAD: dict[str, tuple[str | bytes, str]] = {
     "key twice": ("a: 1\nb: 2\na: 2", "c.yaml:3: a: written twice; first at c.yaml:1"),
     "deep key twice": ("a: [{b: 1, b: 2}]", "c.yaml:1: a.0.b: written twice; first at c.yaml:1"),
-    "bracket left open": ("a: [1", "c.yaml:1: not the YAML of a config: while parsing a flow sequence, expected"),
-    "tab": ("a:\n\tb: x", "c.yaml:2: not the YAML of a config: while scanning for the next token"),
-    "colon twice": ("a: b: c", "c.yaml:1: not the YAML of a config: mapping values are not allowed here"),
+    "bracket left open": ("a: [1", "c.yaml:1: not the YAML of a config: in [ ]: expected"),
+    "tab": ("a:\n\tb: x", "c.yaml:2: not the YAML of a config: a tab; indent with spaces"),
+    "colon twice": ("a: b: c", "c.yaml:1: not the YAML of a config: a second colon; put text that holds one in quotes"),
     "python tag": (
         "a:\n  !!python/object/apply:os.getpid []",
         "c.yaml:2: not the YAML of a config: a tag (tag:yaml.org,2002:python",
@@ -115,7 +115,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "own tag": ("a: !mine 3", "a tag (!mine) is refused"),
     "even a harmless tag": ("a: !!str 3", "a tag (tag:yaml.org,2002:str) is refused"),
     "alias": ("a: &x [1]\nb: *x", "c.yaml:2: not the YAML of a config: an alias (*x) is refused"),
-    "two documents": ("a: 1\n---\nb: 1", "c.yaml:2: not the YAML of a config: expected a single document"),
+    "two documents": ("a: 1\n---\nb: 1", "c.yaml:2: not the YAML of a config: a second document (---)"),
     "list as a key": ("? [1]\n: 2", "c.yaml:1: not the YAML of a config: a key should be a word"),
     "zero byte": ("a: 1\nb: \0", "c.yaml:2: not text: special characters are not allowed"),
     "endless integer": (f"a: {'1' * 5000}", "c.yaml:1: not the YAML of a config: Exceeds the limit"),
@@ -140,8 +140,10 @@ def test_bad_file(write: Write, text: str | bytes, said: str) -> None:
 
 def test_what_is_no_file(write: Write) -> None:
     write("")
-    assert wrong(Path("none.yaml")) == ["none.yaml: there is no file none.yaml"]
-    assert wrong(Path(".")) == [".: . is a folder or a device; give a YAML file"]
+    assert wrong(Path("none.yaml")) == [
+        f"none.yaml: there is no file none.yaml in {Path.cwd()}; the first argument is a config file"
+    ]
+    assert wrong(Path(".")) == [".: . is a folder, a pipe or a device; give a YAML file"]
     assert "device" in wrong(Path("/dev/zero"))[0]
 
 
@@ -222,4 +224,4 @@ def test_extends(write: Write) -> None:
 def test_a_circle_of_files_is_refused(write: Write) -> None:
     write("extends: b.yaml\n", "a.yaml")
     write("seed: 1\nextends: a.yaml\n", "b.yaml")
-    assert wrong(Path("a.yaml")) == ["b.yaml:2: extends: a.yaml extends itself, through b.yaml"]
+    assert wrong(Path("a.yaml")) == ["b.yaml:2: extends: a.yaml extends itself, through b.yaml; take one of the two out"]

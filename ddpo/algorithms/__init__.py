@@ -31,6 +31,7 @@ class Algorithm(ABC, Generic[View]):
     needs_density = False  # True: it learns from steps that add noise
     needs_gradient = False  # True: it differentiates the reward; rollouts then have `reward`
     needs_units = False  # True: advantages must be in the reward's own unit
+    credits_steps = False  # True: each step may have an advantage of its own (`rollout.credit`)
     memoryless = False  # True: its trajectories must forget where they started, so that all noise is in every step
     on_policy = False  # True: only the first update of a rollout is justified
     actor = "now"  # which self of the policy collects the rollouts

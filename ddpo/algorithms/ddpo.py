@@ -38,6 +38,7 @@ class ScoreFunction(Algorithm[Transition]):
     steps: Annotated[float, Interval(gt=0, le=1)] = 1.0
     needs_trajectory = True
     needs_density = True
+    credits_steps = True
     on_policy = True
 
     def passes(self, stochastic_steps: int) -> int:

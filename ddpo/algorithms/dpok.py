@@ -36,6 +36,7 @@ class DPOK(DDPO):
     trace: Annotated[float, Interval(ge=0, le=1)] = 1.0
     critic_lr: Annotated[float, Gt(0)] = 1e-3
     critic_epochs: Annotated[int, Ge(1)] = 5
+    credits_steps = False  # V does
 
     def critic(self, family: Family, seed: int) -> Critic:
         return Critic(family, self.critic_lr, self.critic_epochs, self.trace, seed)
