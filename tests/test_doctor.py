@@ -159,6 +159,7 @@ def levels() -> dict[str, str]:
     return {f.what: f.level for f in doctor.self_test()}
 
 
+@pytest.mark.slow
 def test_the_self_test_passes_here():
     assert levels() == {"scorer process": "ok", "ratio": "ok", "resume": "ok"}
 

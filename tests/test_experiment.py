@@ -208,6 +208,7 @@ def finished(tiny, tmp_path_factory):
     return folder, ended.stdout
 
 
+@pytest.mark.slow
 def test_a_run_opens_no_connection_and_no_pickle(finished):
     _, output = finished
     assert "WATCHED" not in output, [line for line in output.splitlines() if "WATCHED" in line]

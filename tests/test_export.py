@@ -191,6 +191,7 @@ sys.exit(cli.main(["export", sys.argv[1]]) or cli.main(["report", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_export_card_and_report_connect_nowhere(run_folder):
     folder, _ = run_folder
     online = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")} | {"PYTHONPATH": str(ROOT)}

@@ -112,6 +112,7 @@ def test_an_exception_is_told_and_not_tried_again(isolated, kind):
     assert scorer.restarts == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hangs", "hangs_deaf"])
 def test_what_hangs_is_killed_at_its_deadline_and_tried_twice_more(isolated, kind):
     scorer = isolated(getattr(misbehaving, kind), timeout=0.3)

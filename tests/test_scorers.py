@@ -99,6 +99,7 @@ def test_score_says_what_the_scorer_says(capsys, tmp_path):
     assert "at most 4096 pixels" in refused(capsys, "score", "scene:Colour", str(tmp_path / "wide.png"), "-p", "a cat")
 
 
+@pytest.mark.slow
 def test_check_tries_ones_own_in_its_own_process(capsys, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def clear(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")

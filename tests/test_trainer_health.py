@@ -183,6 +183,7 @@ def _lora(folder, step):
     return checkpoint.load(checkpoint.folder_of(folder / "checkpoints", step), {"model": "tiny"}).tensors["lora"]
 
 
+@pytest.mark.slow
 def test_a_crash_that_comes_of_the_noise_is_passed_with_a_rollback(tiny, tmp_path):
     trainer = crashing(tmp_path, tiny, at=2, times=9, on_alarm="rollback")
     trainer.run()
