@@ -47,6 +47,7 @@ class Mixture:
         self.family = SimpleNamespace(
             schedule=schedule, latent_shape=(1, 1, 2), device=torch.device("cpu"), dtype=torch.float32,
             encode=lambda prompts: {"none": torch.zeros(len(prompts), 1)}, decode=lambda z: torch.zeros(len(z), 3, 1, 1),
+            interpret=d.from_velocity if schedule is FLOW else d.from_eps,
         )  # fmt: skip
 
     def __call__(self, x, t, cond, guidance=None):
