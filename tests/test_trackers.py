@@ -34,7 +34,7 @@ def tell(trackers, folder, records):
 
 
 def a_run(folder, made):
-    """A run that is killed after iteration 3, goes on from a checkpoint of iteration 1, and ends with an evaluation."""
+    """A run that is killed after iteration 3, goes on from one of iteration 1, is rolled back from 4 to 2, and ends with an evaluation."""
     for iteration in (0, 4):
         save_samples(folder, iteration, torch.full((2, 3, 8, 8), iteration / 8), ["a", "b"], [0, 0], {"x": [0.0, 1.0]})
     first = Trackers([made()], folder, {"run": {"seed": 3}}, print)
@@ -42,7 +42,9 @@ def a_run(folder, made):
     first.close()
     jsonl.truncate(folder / "metrics.jsonl", lambda record: record["iteration"] <= 1)
     again = Trackers([made()], folder, {"run": {"seed": 3}}, print)
-    tell(again, folder, [line(2), line(3, alarms=[{"name": "x"}]), line(4, **{"eval/win_rate": 0.5})])
+    tell(again, folder, [line(2), line(3, alarms=[{"name": "x"}]), line(4, lost=2.0)])
+    jsonl.truncate(folder / "metrics.jsonl", lambda record: record["iteration"] <= 2)
+    tell(again, folder, [line(3), line(4, **{"eval/win_rate": 0.5})])
     again.close()
 
 
@@ -114,10 +116,11 @@ def test_wandb_stays_offline_and_in_the_run_folder_under_one_id(tmp_path):
     done = run_alone("Wandb", tmp_path)
     sessions = sorted((tmp_path / "wandb").glob("offline-run-*"))
     identifier = (tmp_path / "wandb" / "id").read_text()
-    assert len(sessions) == 2 and all(identifier in s.name for s in sessions)  # two in a second are told apart by -1
-    first, again = (b"".join(file.read_bytes() for file in s.glob("*.wandb")) for s in sessions)
-    assert b"reward/mean" in first and b"reward/mean" in again and b"lost" in first and b"lost" not in again
-    assert list(sessions[1].rglob("*.png")) and not list(sessions[1].rglob("*requirements*"))
+    assert len(sessions) == 3 and all(identifier in s.name for s in sessions)  # two in a second are told apart by -1
+    first, again, back = (b"".join(file.read_bytes() for file in s.glob("*.wandb")) for s in sessions)
+    assert all(b"reward/mean" in held for held in (first, again, back))
+    assert b"lost" in first and b"lost" in again and b"lost" not in back
+    assert list(sessions[2].rglob("*.png")) and not list(sessions[1].rglob("*requirements*"))
     assert "log in" not in done.stdout + done.stderr and "account" not in done.stdout + done.stderr
 
 

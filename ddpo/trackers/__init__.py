@@ -69,11 +69,15 @@ class Trackers:
         self._live = list(trackers)
         self._folder, self._settings, self._say = folder, settings, say
         self._started: list[Tracker] = []
+        self._last = -1
 
     def record(self, line: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl, which has been written there. The first one starts the trackers."""
+        """A line of metrics.jsonl, which has been written there. The first one starts the trackers; so does one after a rollback."""
         if not self._live:
             return
+        if line["iteration"] <= self._last:
+            self.close()
+        self._last = line["iteration"]
         if not self._started:
             self._started = list(self._live)
             session = Session(self._folder, self._settings, line["iteration"])
