@@ -46,7 +46,7 @@ def _rewards(words: list[str]) -> int:
 
 
 OWN: dict[str, tuple[Callable[[list[str]], int], str]] = {  # verbs with a parser of their own, and a word on each
-    "train": (train.main, "train on one process; `accelerate launch -m ddpo.train` is for several"),
+    "train": (train.command, "train on one process; `accelerate launch -m ddpo.train` is for several"),
     "app": (_app, "look at runs, compare, draw, vote and score in the browser"),
     "rewards": (_rewards, "list, try, serve and train reward scorers"),
     "doctor": (_doctor, "is this machine fit to train on, and if not, why"),

@@ -5,9 +5,9 @@ import platform
 import shlex
 import sys
 import time
-from contextlib import closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import yaml
 from ddpo import finish, jsonl, offline, prompts, trackers
 from ddpo.checkpoint import run_lock, write_json
 from ddpo.config import Config, dump, load
-from ddpo.durable import FileError, UnusableFolder
+from ddpo.durable import FileError, UnusableFolder, explained, replace
 from ddpo.memory import NoMemory
 from ddpo.models._common import Networks
 from ddpo.policy import Policy
@@ -27,7 +27,10 @@ from ddpo.rewarding import Scoring, rubrics
 from ddpo.updates import NUMBERS_CODE, Alarm
 
 if TYPE_CHECKING:
-    from ddpo.meeting import Signals
+    from accelerate import Accelerator
+
+    from ddpo.meeting import Meeting, Signals, Stop
+    from ddpo.progress import Display
 
 VERSIONS = ["ddpo", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "pillow"]
 
@@ -41,7 +44,7 @@ def read(path: str, overrides: list[str], processes: int) -> Config[Recipe]:
 
 def run(recipe: Recipe, words: list[str]) -> int:
     """Train, and leave a run folder. Returns the exit code, as ddpo/train.py lists them."""
-    from ddpo.meeting import Signals, Stop
+    from ddpo.meeting import Signals, Stop, Unreachable
 
     with Signals(alone=int(os.environ.get("WORLD_SIZE", "1")) == 1) as signals:
         try:
@@ -49,52 +52,103 @@ def run(recipe: Recipe, words: list[str]) -> int:
         except Stop as e:  # while libraries are imported: `_run` tells of all later ones
             print(f"{e}: stopped before training began; nothing is lost", file=sys.stderr, flush=True)
             return e.code
+        except Unreachable as e:  # while the processes look for each other
+            print(f"stopped: {e}", file=sys.stderr, flush=True)
+            return 1
 
 
 def _run(recipe: Recipe, words: list[str], signals: "Signals") -> int:
-    from accelerate import Accelerator  # here, like all that takes seconds to import: a misspelt key should not wait for it
-
-    from ddpo.learner import BadNumbers
-    from ddpo.meeting import Stop
+    from ddpo.meeting import Meeting, Stop  # here, like all that takes seconds to import: a misspelt key should not wait for it
     from ddpo.progress import Display
-    from ddpo.trainer import TrainingError
-    from rewards import RewardError
 
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # several CPU processes need to be told
+    accelerator = _accelerator(recipe)
+    meeting = Meeting(accelerator, signals, recipe.run.timeout)
+    folder = _folder(recipe, words[0], meeting)
+    main = accelerator.is_main_process
+    display = Display(main, folder / "train.log" if main else None)
+    record = Record(folder, recipe, words, accelerator.num_processes)
+    with ExitStack() as held:
+        try:
+            meeting.on_main(lambda: held.enter_context(run_lock(folder)))
+            meeting.on_main(record.begin)
+            trainer, last, alarm = _train(recipe, folder, accelerator, display, meeting)
+            meeting.on_main(lambda: _finish(folder, trainer, last, record, display, alarm))
+        except Stop as e:
+            if main:
+                _interrupted(e, recipe, folder, record, display)
+            return e.code
+        except Exception as e:
+            code = _failed(e, meeting, folder, record, display)
+            if not _expected(e):
+                raise
+            return code
+    return alarm.code if alarm else 0
+
+
+def _accelerator(recipe: Recipe) -> "Accelerator":
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from ddpo.meeting import Unreachable
+
+    waiting = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.run.timeout))
+    cpu = not torch.accelerator.is_available()  # several CPU processes need to be told
+    try:
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[waiting])
+    except torch.distributed.DistError as e:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise Unreachable(
+            f"not all {os.environ.get('WORLD_SIZE')} processes met at {address} within {recipe.run.timeout:g} minutes (run.timeout); start "
+            f"all of them with the same MASTER_ADDR and MASTER_PORT, as a launcher does ({e})"
+        ) from e
     if accelerator.device.type == "cpu":  # launchers give each process one thread
         shared_out = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(recipe.run.threads or max(1, shared_out))
-    folder = _folder(recipe, words[0], accelerator)
-    main = accelerator.is_main_process
-    display = Display(main, folder / "train.log" if main else None)
-    record: Record | None = None
-    try:
-        with run_lock(folder) if main else nullcontext():
-            record = Record(folder, recipe, words, accelerator.num_processes) if main else None
-            trainer, last, alarm = _train(recipe, folder, accelerator, display, signals)
-            if record:
-                _finish(folder, trainer, last, record, display, alarm)
-    except UnusableFolder as e:
-        print(e, file=sys.stderr, flush=True)
-        return 2
-    except (TrainingError, FileError, RewardError, ModelError, NoMemory, offline.PictureError, ImportError, OSError) as e:
-        print(f"stopped: {e}", file=sys.stderr, flush=True)
-        if record:
-            with suppress(FileError):  # the disk may be what is wrong
-                record.write("failed", str(e))
-            kept = f"everything up to the last checkpoint, {_newest(folder)}, is kept"
-            display.say(f"{kept}. To go on after mending it: {record.resume}")
-        return NUMBERS_CODE if isinstance(e, BadNumbers) else 1
-    except Stop as e:
-        if record:
-            record.write("interrupted", f"{e} in {display.doing}")
-            display.say(
-                f"{e}: stopped in {display.doing}. Lost is what was computed since the checkpoint {_newest(folder)}, of "
-                f"{recipe.run.save_every} iteration{'s' * (recipe.run.save_every > 1)} at most (run.save_every), and no reward: "
-                f"those are written down. To go on: {record.resume}"
-            )
-        return e.code
-    return alarm.code if alarm else 0
+    return accelerator
+
+
+def _interrupted(stop: "Stop", recipe: Recipe, folder: Path, record: "Record", display: "Display") -> None:
+    if not record.begun:
+        print(f"{stop}: stopped before training began; nothing is lost", file=sys.stderr, flush=True)
+        return
+    with suppress(FileError):  # the disk may be full: the code and the words below are what matters
+        record.write("interrupted", f"{stop} in {display.doing}")
+    display.say(
+        f"{stop}: stopped in {display.doing}. Lost is what was computed since the checkpoint {_newest(folder)}, of "
+        f"{recipe.run.save_every} iteration{'s' * (recipe.run.save_every > 1)} at most (run.save_every), and no reward: "
+        f"those are written down. To go on: {record.resume}"
+    )
+
+
+def _failed(error: Exception, meeting: "Meeting", folder: Path, record: "Record", display: "Display") -> int:
+    """Tell the other processes, and the user: once, by the main process where it can be reached. Returns the exit code."""
+    from ddpo.learner import BadNumbers
+    from ddpo.meeting import Failure, Unreachable
+
+    code = 2 if isinstance(error, UnusableFolder) else NUMBERS_CODE if isinstance(error, BadNumbers) else 1
+    text = str(error) if _expected(error) else f"an error of this program, {error!r}; its traceback is shown too"
+    mine = Failure(code, f"in {display.doing}: {text}" if isinstance(error, Unreachable) else text)
+    told = meeting.tell(error, mine)
+    code, text = told or mine
+    if told is None and not meeting.is_main:
+        print(f"stopped: process {meeting.rank}: {text}", file=sys.stderr, flush=True)
+    elif meeting.is_main and not record.begun:
+        print(text, file=sys.stderr, flush=True)
+    elif meeting.is_main:
+        print(f"stopped: {text}", file=sys.stderr, flush=True)
+        with suppress(FileError):  # the disk may be what is wrong
+            record.write("failed", text)
+        kept = f"everything up to the last checkpoint, {_newest(folder)}, is kept"
+        display.say(f"{kept}. To go on after mending it: {record.resume}")
+    return code
+
+
+def _expected(error: Exception) -> bool:
+    """Whether it is no error of this program, but of what it was given or where it runs."""
+    from ddpo.meeting import TrainingError
+    from rewards import RewardError
+
+    return isinstance(error, (TrainingError, FileError, RewardError, NoMemory, offline.PictureError, ImportError, OSError))
 
 
 def _newest(folder: Path) -> str:
@@ -127,7 +181,7 @@ class ModelError(FileError):
 
 
 def _train(
-    recipe: Recipe, folder: Path, accelerator: Any, display: Any, signals: "Signals"
+    recipe: Recipe, folder: Path, accelerator: "Accelerator", display: "Display", meeting: "Meeting"
 ) -> tuple[Any, dict[str, Any], Alarm | None]:
     """Load the model and the scorers, and train. With the last evaluation, and the alarm that ended the run, if one did."""
     from ddpo.trainer import Task, Trainer
@@ -140,6 +194,7 @@ def _train(
     with closing(trained), closing(watched), closing(watching):
         for rubric in (trained, watched):  # before the model: what is missing is told sooner
             rubric.load()
+        meeting.step()
         display.say(f"{folder}: loading {recipe.model.options.get('path', recipe.model.name)}")
         try:
             policy = Policy(recipe.model.build(), recipe.lora, recipe.rollout.guidance, recipe.run.seed)
@@ -150,7 +205,7 @@ def _train(
         task = Task(train, held_out, trained, watched, recipe.objective.max_missing)
         trainer = Trainer(
             policy, recipe.algorithm.build(), recipe.advantage.build(), task, recipe.run, recipe.rollout, recipe.optimizer,
-            recipe.evaluation, folder, identity(recipe), accelerator, display, watching, recipe.health, signals,
+            recipe.evaluation, folder, identity(recipe), accelerator, display, watching, recipe.health, meeting,
         )  # fmt: skip
         try:
             return trainer, trainer.run(), None
@@ -182,13 +237,11 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def _folder(recipe: Recipe, config: str, accelerator: Any) -> Path:
+def _folder(recipe: Recipe, config: str, meeting: "Meeting") -> Path:
     """run.output, or runs/<name>; all processes agree on the time in it."""
-    from accelerate.utils import broadcast
-
     if recipe.run.output:
         return Path(recipe.run.output)
-    started = broadcast(torch.tensor([int(time.time())], device=accelerator.device)).item()
+    started = meeting.gather(torch.tensor([int(time.time())]))[0].item()
     stamp = datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / (recipe.run.name or f"{Path(config).stem}-{stamp}")
 
@@ -197,9 +250,7 @@ class Record:
     """run.json and config.yaml: what was asked for, by whom and when, and how it ended."""
 
     def __init__(self, folder: Path, recipe: Recipe, words: list[str], processes: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump(recipe), encoding="utf-8")
-        self.path = folder / "run.json"
+        self.path, self.config, self.begun = folder / "run.json", dump(recipe), False
         self.resume = shlex.join(["accelerate", "launch", "-m", "ddpo.train", *_with_output(words, folder)])
         self.fields: dict[str, Any] = {
             "name": folder.name,
@@ -220,7 +271,12 @@ class Record:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+    def begin(self) -> None:
+        """In a folder that is this run's, and locked."""
+        with explained(f"{self.path.parent}: what is asked for was not written down"):
+            replace(self.path.with_name("config.yaml"), self.config.encode())
         self.write("running")
+        self.begun = True
 
     def write(self, status: str, reason: str | None = None) -> None:
         ended = None if status == "running" else datetime.now(UTC).isoformat(timespec="seconds")

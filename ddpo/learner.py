@@ -117,7 +117,6 @@ class Learner:
                     lambda first=first: self._undo(rollout, batches if first else []),  # type: ignore[misc]
                 )
                 seen.extend(attempt)
-                self.meeting.step()
                 norm, why = self._step(count / share, lost)
                 seen.add({"grad_norm": norm})
                 if why:
@@ -125,8 +124,8 @@ class Learner:
                 self.optimizer.zero_grad()
                 advance(share)
         if self.critic is not None and lesson is not None:
-            seen.add(self._teach(self.critic, lesson, self.batch.size))
-        far = self._measure_kl(rollout, self.batch.size)
+            seen.add(self._teach(self.critic, lesson))
+        far = self.batch.fitted(lambda: self._measure_kl(rollout), lambda: None)
         seen.add({"kl/step_nats": far.kl, "kl/image_nats": far.kl * far.steps, "norm_inflation": far.inflation})
         return _with_lowest_ratio(seen.averages(self.meeting.gather))
 
@@ -209,18 +208,22 @@ class Learner:
         """Add up all processes' gradients and divide by the global count. Returns them flat, and the sum of `lost`."""
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in weights])
         told = flat.new_tensor([weight, float(lost)])
-        everywhere = self.accelerator.reduce(torch.cat([flat, told]), "sum")
+        everywhere = self.meeting.add_up(torch.cat([flat, told]))
         flat = everywhere[:-2] / everywhere[-2].clamp(min=1e-12)  # zero where no process has a row to learn from
         for p, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
             p.grad = grad.view_as(p)
         return flat, everywhere[-1].item()
 
-    def _teach(self, critic: Critic, lesson: Lesson, size: int) -> dict[str, float]:
+    def _teach(self, critic: Critic, lesson: Lesson) -> dict[str, float]:
         """Fit the critic in the policy's batches. Returns what is to be said of its judgement before."""
+
+        def accumulate(rows: Tensor) -> None:
+            for part in rows.split(self.batch.size):
+                (critic.loss(lesson[part]).sum() / len(rows)).backward()
+
         for _ in range(critic.epochs):
             for rows in torch.arange(len(lesson)).chunk(self.settings.updates):
-                for part in rows.split(size):
-                    (critic.loss(lesson[part]).sum() / len(rows)).backward()
+                self.batch.fitted(lambda rows=rows: accumulate(rows), critic.optimizer.zero_grad)  # type: ignore[misc]
                 if not self._average(critic.weights, 1.0)[0].isfinite().all():
                     raise TrainingError(
                         "the critic's gradient is not finite; lower algorithm.critic_lr and run the same command again"
@@ -228,17 +231,17 @@ class Learner:
                 torch.nn.utils.clip_grad_norm_(critic.weights, self.settings.max_grad_norm)
                 critic.optimizer.step()
                 critic.optimizer.zero_grad()
-        values, targets, outcome = (self.accelerator.gather(v) for v in (lesson.values, lesson.targets, lesson.outcome))
+        values, targets, outcome = (self.meeting.gather(v) for v in (lesson.values, lesson.targets, lesson.outcome))
         return {
             "critic/loss": (targets - values).square().nanmean().item(),
             "critic/explained_variance": explained_variance(values, outcome),
         }
 
-    def _measure_kl(self, rollout: Rollout, size: int) -> drift.Drift:
+    def _measure_kl(self, rollout: Rollout) -> drift.Drift:
         """On a sixteenth of the pictures, eight at least."""
         few = min(len(rollout), max(8, len(rollout) // 16))
         measure = drift.step_kl if rollout.stochastic else drift.posterior_kl
-        return measure(self.policy, rollout[torch.arange(few)], size)
+        return measure(self.policy, rollout[torch.arange(few)], self.batch.size)
 
 
 def _demand_ratio_one(log_ratio: Tensor) -> None:

@@ -37,6 +37,7 @@ class Run:
             from the checkpoint with the best lower bound of the rewards not trained on, with other noise and half the
             learning rate, twice at most; "warn" says so and goes on.
         threads: of each process on a CPU; None shares out all cores. Fewer where something else works beside it.
+        timeout: minutes that a process waits for another one before all end; more than the slowest scorer takes for its share.
     """
 
     name: Annotated[str, AfterValidator(_name)] | None = None
@@ -47,6 +48,7 @@ class Run:
     save_every: Annotated[int, Ge(1)] = 1
     on_alarm: Literal["stop", "rollback", "warn"] = "stop"
     threads: Annotated[int, Ge(1)] | None = None
+    timeout: Annotated[float, Ge(0.01), Le(1440)] = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

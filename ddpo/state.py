@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpo import checkpoint, report
 from ddpo.checkpoint import Tensors
+from ddpo.durable import explained, replace
 
 if TYPE_CHECKING:
     from ddpo.trainer import Trainer
@@ -22,6 +23,7 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
         "baseline": trainer.baseline.state(), "rewards": multipliers, "advantage": trainer.advantage.state(),
         "choice": trainer.deal.choice.state(), "scaler": learner.scaler.state_dict(), "seconds": trainer.clock.total(),
         "health": trainer.monitor.state(), "rollbacks": trainer.rollbacks,
+        "processes": trainer.accelerator.num_processes,
         "batches": {"drawing": trainer.batch.size, "learning": learner.batch.size},
     }  # fmt: skip
     tensors = {"lora": {k: w.detach() for k, w in trainer.policy.weights.items()}, "optimizer": optimizer, "rewards": learned}
@@ -38,7 +40,8 @@ def save(trainer: Trainer) -> None:
 
     def write() -> None:
         checkpoint.save(root, trainer.iteration, tensors, state, trainer.identity, pin=pins)
-        (root / "best").write_text(f"{checkpoint.folder_of(root, best).name}\n")
+        with explained(f"{root / 'best'} was not written, the checkpoint is"):
+            replace(root / "best", f"{checkpoint.folder_of(root, best).name}\n".encode())
 
     trainer.meeting.on_main(write)
 
@@ -94,4 +97,9 @@ def _take(trainer: Trainer, saved: checkpoint.Checkpoint) -> float:
     trainer.rollbacks = state["rollbacks"]
     for batch, name in ((trainer.batch, "drawing"), (learner.batch, "learning")):
         batch.size = min(batch.size, state["batches"][name])
+    before, now = state.get("processes"), trainer.accelerator.num_processes
+    if before not in (None, now):
+        trainer.display.say(
+            f"{saved.path} was written by {before} process{'es' * (before > 1)}, now {now}: the same but for the last bits"
+        )
     return state["seconds"]

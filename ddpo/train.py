@@ -15,6 +15,7 @@ After each of them the same command goes on where it stopped.
 import os
 import signal
 import sys
+import traceback
 
 USAGE = "usage: accelerate launch -m ddpo.train CONFIG.yaml [--dry-run] [section.key=value ...]"
 
@@ -46,17 +47,27 @@ def main(argv: list[str]) -> int:
     return experiment.run(config.recipe, words)
 
 
+def command(argv: list[str]) -> int:
+    """`main` as a program of its own, which is told of signals from the first import on. It returns where all went well; elsewhere
+    it ends the process, without waiting for what other threads and processes may be waiting for."""
+    for told in (signal.SIGTERM, signal.SIGINT):  # while libraries are imported; experiment.run takes over from there
+        signal.signal(told, _leave)
+    try:
+        code = main(argv)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    return code
+
+
 def _leave(number: int, frame: object) -> None:
     os.write(2, f"{signal.Signals(number).name}: stopped before training began; nothing is lost\n".encode())
     os._exit(128 + number)
 
 
 if __name__ == "__main__":
-    for told in (signal.SIGTERM, signal.SIGINT):  # while libraries are imported; experiment.run takes over from here
-        signal.signal(told, _leave)
-    code = main(sys.argv[1:])
-    if code > 128:  # told to end: do not wait for a scorer that another thread is waiting for
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(command(sys.argv[1:]))

@@ -24,7 +24,7 @@ from ddpo.health import Monitor
 from ddpo.journal import Journal
 from ddpo.judge import Hearing, Judge
 from ddpo.learner import Learner
-from ddpo.meeting import Meeting, Signals
+from ddpo.meeting import Meeting
 from ddpo.meeting import TrainingError as TrainingError
 from ddpo.memory import Batch
 from ddpo.meters import Clock, to_json
@@ -60,7 +60,7 @@ class Trainer:
         identity: what a checkpoint must match to be resumed from (a flat dict of settings).
         trackers: fed by the main process alone.
         health: when the run is ill; None is by default.
-        signals: that may end it.
+        meeting: where the processes meet; one of its own by default.
 
     Raises:
         TrainingError, checkpoint.CheckpointError, rewards.RewardError: before any update that would have used them.
@@ -69,7 +69,7 @@ class Trainer:
     def __init__(
         self, policy: Policy, algorithm: Algorithm, advantage: Advantage, task: Task, run: Run, acting: Acting,
         learning: Learning, evaluating: Evaluating, folder: Path, identity: dict[str, Any], accelerator: Accelerator, display: Display,
-        trackers: Trackers | None = None, health: Health | None = None, signals: Signals | None = None,
+        trackers: Trackers | None = None, health: Health | None = None, meeting: Meeting | None = None,
     ):  # fmt: skip
         self.policy, self.algorithm, self.advantage, self.task, self.settings = policy, algorithm, advantage, task, run
         self.acting, self.trackers = acting, trackers
@@ -81,7 +81,7 @@ class Trainer:
         )
         self.probe = evaluate.Probe(task.held_out, evaluating, acting.num_steps, run.seed)
         policy.to(accelerator.device)
-        self.meeting = Meeting(accelerator, signals)
+        self.meeting = meeting or Meeting(accelerator, timeout=run.timeout)
         self.monitor = Monitor(health or Health(), math.prod(policy.family.latent_shape))
         self.learner = Learner(
             policy, algorithm, learning, accelerator, run.seed, self.meeting, self.monitor.updates, display.say
