@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo test slow lint audit figures clean
+# Two tests at a time, each file's in one process; PYTEST="-n 0" runs them one after the other.
+PYTEST ?= -n 2 --dist loadfile
+
+.PHONY: setup demo test slow weekly lint audit clean
 
 setup: $(VENV)/.installed
 
@@ -18,10 +21,13 @@ demo: setup
 	$(BIN)/accelerate launch --num_processes 1 -m ddpo.train configs/demo.yaml run.output=$(RUN)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PYTEST) -m slow
+
+weekly: setup audit  # an hour: 500 kills, 5,000 iterations
+	$(BIN)/python -m pytest $(PYTEST) -m weekly
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

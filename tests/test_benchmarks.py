@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddpo.experiment import read
-from tests.test_kill import ENVIRONMENT
+from tests.command import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "algorithms.py"

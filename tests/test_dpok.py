@@ -21,8 +21,8 @@ from ddpo.policy import LoRA, Policy
 from ddpo.rollout import collect
 from ddpo.sections import Learning
 from rewards import RewardError
+from tests.command import CONFIG, finish
 from tests.test_algorithms import STEPS, Gaussian, gradients
-from tests.test_kill import CONFIG, finish
 from tests.test_trainer import PROBE, Brightness, lines, trainer_of
 from tests.tiny import save_sd3
 
@@ -81,7 +81,7 @@ def taught():
     rollout = acted(policy, 40_000, seed=99)
     learner = learner_of(policy, DPOK(critic_epochs=1, critic_lr=1e-2), rows=512, updates=1)
     for part in rollout.chunks(512):
-        learner._teach(learner.critic, learner.critic.study(part), 512)
+        learner._teach(learner.critic, learner.critic.study(part))
     return policy, learner.critic, rollout.rewards.std().item(), rollout.rewards.mean().item()
 
 

@@ -15,7 +15,7 @@ from ddpo.config import ConfigError
 from ddpo.experiment import identity, read
 from ddpo.plan import plan
 from ddpo.rewarding import rubrics
-from tests.test_kill import CONFIG, ENVIRONMENT
+from tests.command import CONFIG, ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -24,7 +24,7 @@ from ddpo.offline import PictureError
 from ddpo.plan import plan
 from ddpo.policy import LoRA, Policy
 from ddpo.rollout import collect
-from tests.test_kill import CONFIG, check_same, finish
+from tests.command import CONFIG, check_same, finish
 from tests.test_rollout import policy_of
 from tests.tiny import save_sd3, save_sdxl
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ddpo import experiment
 from ddpo.meeting import Signals, Stop
-from tests.test_kill import check_same, config, finish, start, started  # noqa: F401
+from tests.command import ROOT, check_same, config, finish, start, started  # noqa: F401
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -118,6 +118,19 @@ def test_a_signal_while_libraries_are_imported_is_told_and_has_its_code(monkeypa
     before = signal.getsignal(signal.SIGTERM)
     assert experiment.run(None, []) == 143 and "SIGTERM: stopped before training began" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+VERB = """
+import signal, sys
+from ddpo import cli, train
+train.main = lambda words: signal.raise_signal(signal.SIGTERM)  # as while libraries are imported
+sys.exit(cli.main(["train", "run.yaml"]))
+"""
+
+
+def test_the_console_command_is_told_of_signals_as_early_as_the_module_is():
+    ended = subprocess.run([sys.executable, "-c", VERB], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 143 and ended.stderr == "SIGTERM: stopped before training began; nothing is lost\n"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from ddpo.scorers import _built_in
 from ddpo.sections import Evaluating
 from ddpo.shots import GRIDS, MOST_CELLS, Grid, Shot
 from ddpo.studio import Studio
-from tests.test_kill import CONFIG
+from tests.command import CONFIG
 from tests.test_rollout import policy_of, stir
 
 SHOT = Shot("a cat", 3, 4, 2.0, 1.0, 2)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpo import checkpoint
+from ddpo import checkpoint, drift
 from ddpo.advantage import GroupRelative
 from ddpo.algorithms.ddpo import DDPO
+from ddpo.algorithms.dpok import DPOK
 from ddpo.config import Component
 from ddpo.diffusion import DDIM
 from ddpo.learner import BadNumbers
@@ -274,6 +275,35 @@ def test_what_does_not_fit_is_halved_and_the_update_is_the_same(tiny, tmp_path, 
     resumed = trainer_of(tmp_path / "short", tiny, iterations=3)
     resumed.run()
     assert (resumed.batch.size, resumed.learner.batch.size) == (state["batches"]["drawing"], state["batches"]["learning"])
+
+
+@pytest.mark.parametrize("phase", ["critic", "distance"])
+def test_what_comes_beside_the_update_is_halved_too(tiny, tmp_path, monkeypatch, phase):
+    """Training the critic, and measuring the distance from the base model."""
+
+    def made(name, say=None):
+        trainer = trainer_of(tmp_path / name, tiny, algorithm=DPOK(critic_lr=1e-2), iterations=2, say=say)
+        for group in trainer.learner.critic.optimizer.param_groups:
+            group["eps"] = 1.0  # what it learns from adds up to zero, and Adam would take the rounding of that for a gradient
+        return trainer
+
+    def both(trainer):
+        return torch.cat([weights(trainer), *(w.detach().flatten() for w in trainer.learner.critic.weights)])
+
+    whole = made("whole")
+    start = both(whole)
+    whole.run()
+    trainer = made("short", say=(said := []))
+    if phase == "critic":
+        trainer.learner.critic.loss = too_many(2, trainer.learner.critic.loss)
+    else:
+        monkeypatch.setattr(drift, "step_kl", too_many(2, drift.step_kl, lambda args: args[2]))
+    trainer.run()
+    assert trainer.learner.batch.size == 2 and sum("out of memory in learning" in text for text in said) == 1
+    apart = (both(trainer) - both(whole)).norm() / (both(whole) - start).norm()
+    assert apart <= 1e-4, f"relative difference {apart:.2g}"
+    for name in ("kl/image_nats", "critic/loss"):
+        assert lines(tmp_path / "short")[-1][name] == pytest.approx(lines(tmp_path / "whole")[-1][name], rel=1e-3)
 
 
 @pytest.mark.parametrize("phase", ["sampling", "learning", "reward"])

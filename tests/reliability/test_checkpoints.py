@@ -4,7 +4,7 @@ pytest tests/reliability/test_checkpoints.py
 
 Elsewhere: what the reader refuses, file by file, no pickle and nothing outside the folder (tests/test_manifest.py, C2, C3); the
 number decides and not the clock, the order of fsync and rename, kills and full disks at every point of the writer
-(tests/test_checkpoint.py, C6, K2, K6, D3); resuming to the bit (tests/test_trainer.py, tests/test_kill.py).
+(tests/test_checkpoint.py, C6, K2, K6, D3); resuming to the bit (tests/test_trainer.py, tests/reliability/test_kills.py).
 """
 
 import random
@@ -20,7 +20,7 @@ from ddpo.checkpoint import CheckpointError, CorruptCheckpoint, MismatchedCheckp
 from ddpo.experiment import identity, read
 from ddpo.policy import LoRA
 from ddpo.progress import Display
-from tests.test_kill import CONFIG
+from tests.command import CONFIG
 from tests.test_manifest import accelerates, empty, plant, reseal, with_header
 from tests.test_trainer import trainer_of, weights
 

@@ -13,8 +13,8 @@ import pytest
 
 from ddpo import experiment
 from ddpo.config import ConfigError
+from tests.command import ENVIRONMENT
 from tests.reliability.bad_configs import CONFIGS, GOOD, Bad, line
-from tests.test_kill import ENVIRONMENT
 
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "open_clip")
 THROUGH_THE_COMMAND = ("a misspelt option", "beyond every number", "a bomb of anchors", "a pipe", "everything at once")
@@ -53,14 +53,15 @@ def test_a_bad_config_is_told(name):
 
 @pytest.mark.parametrize("name", THROUGH_THE_COMMAND)
 def test_the_command_ends_with_code_2_and_no_traceback(name, folder):
-    """Its own `python -m ddpo.train`, which says at its end which libraries it has imported."""
+    """The command in a process of its own, which says at its end which libraries it has imported."""
     bad = CONFIGS[name]
     bad.place()
     code = (
-        "import atexit, runpy, sys\n"
-        f"atexit.register(lambda: print('heavy:', [m for m in {HEAVY} if m in sys.modules]))\n"
-        f"sys.argv = ['ddpo.train', {bad.path!r}, *{list(bad.words)!r}]\n"
-        "runpy.run_module('ddpo.train', run_name='__main__')"
+        "import sys\n"
+        "from ddpo import train\n"
+        f"code = train.main([{bad.path!r}, *{list(bad.words)!r}])\n"
+        f"print('heavy:', [m for m in {HEAVY} if m in sys.modules])\n"
+        "sys.exit(code)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpo import checkpoint, experiment, journal, train
+from ddpo import checkpoint, durable, experiment, journal, state, train
 from ddpo.checkpoint import CheckpointError
 from ddpo.durable import FileError, run_lock
 from ddpo.journal import JournalError
 from ddpo.learner import Learner
+from tests.command import CONFIG
 from tests.test_checkpoint import digests, holds, names, quiet
 from tests.test_checkpoint import write as save
-from tests.test_kill import CONFIG
 from tests.test_trainer import lines, trainer_of, weights
 
 
@@ -167,6 +167,26 @@ def test_a_line_of_metrics_that_cannot_be_written_is_told(tiny, tmp_path, monkey
     monkeypatch.setattr("ddpo.state.resume", lambda trainer: None)
     with pytest.raises(FileError, match=r"metrics\.jsonl: a line was not written: .*run the same command again"):
         trainer.run()
+
+
+def test_the_name_of_the_best_checkpoint_is_the_old_one_or_the_new(tiny, tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, tiny, iterations=1)
+    trainer.run()
+    best, write = tmp_path / "checkpoints" / "best", durable.write
+    before = best.read_text()
+    assert (best.parent / before.strip()).is_dir()
+
+    def torn(path: Path, data: bytes) -> None:
+        if "best" in path.name:
+            write(path, data[:4])
+            full()
+        write(path, data)
+
+    monkeypatch.setattr(durable, "write", torn)
+    trainer.baseline.best = 0
+    with pytest.raises(FileError, match=r"best was not written, the checkpoint is: .*No space left"):
+        state.save(trainer)
+    assert best.read_text() == before and [p.name for p in best.parent.glob(".*")] == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

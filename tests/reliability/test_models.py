@@ -23,7 +23,7 @@ from ddpo.config import ConfigError
 from ddpo.models import _files
 from ddpo.models._files import UnusableModel
 from ddpo.models.sd import StableDiffusion
-from tests.test_kill import CONFIG, ENVIRONMENT
+from tests.command import CONFIG, ENVIRONMENT
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
