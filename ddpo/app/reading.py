@@ -6,11 +6,14 @@ files (`ddpo.jsonl.read`, `ddpo.durable.read_json`); someone who only looks want
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from ddpo.durable import DamagedFile, require_plain
 from ddpo.runs import Sample
+
+T = TypeVar("T")
 
 LARGEST = 64 << 20  # bytes of a file that are read
 TAIL = 64 << 10  # bytes from a file's end, at first
@@ -61,30 +64,27 @@ def records(path: Path, notes: list[str]) -> list[tuple[int, dict]]:
 
 def metrics(path: Path, notes: list[str]) -> list[dict]:
     """The lines of metrics.jsonl, by iteration; of each its finite numbers and its alarms."""
-    kept: dict[int, dict] = {}
-    wrong = []
-    for i, record in records(path, notes):
-        line = _metric(record)
-        if line is None:
-            wrong.append(i)
-        else:
-            kept[line["iteration"]] = line
-    _note_lines(path, wrong, notes)
+    kept = _kept(path, notes, _metric, lambda line: line["iteration"])
     return [kept[k] for k in sorted(kept)]
 
 
 def samples(path: Path, notes: list[str]) -> list[Sample]:
     """The pictures of samples/index.jsonl. Fields that this version does not know are passed over."""
-    kept: dict[tuple, Sample] = {}
+    return list(_kept(path, notes, _sample, lambda sample: (sample.iteration, sample.prompt, sample.seed)).values())
+
+
+def _kept(path: Path, notes: list[str], understand: Callable[[dict], T | None], key: Callable[[T], Any]) -> dict[Any, T]:
+    """What the records mean, the last one of each key; lines that mean nothing are noted."""
+    kept: dict[Any, T] = {}
     wrong = []
     for i, record in records(path, notes):
-        sample = _sample(record)
-        if sample is None:
+        understood = understand(record)
+        if understood is None:
             wrong.append(i)
         else:
-            kept[sample.iteration, sample.prompt, sample.seed] = sample
+            kept[key(understood)] = understood
     _note_lines(path, wrong, notes)
-    return list(kept.values())
+    return kept
 
 
 def last_lines(path: Path) -> tuple[dict, dict]:

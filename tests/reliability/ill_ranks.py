@@ -166,26 +166,23 @@ def no_model() -> None:
 
 def main_killed() -> None:
     """Process 0 is killed in the second iteration's sampling."""
-    act = Trainer._act
-
-    def dying(trainer, hearing):
-        if rank() == 0 and trainer.iteration == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return act(trainer, hearing)
-
-    Trainer._act = dying
+    _struck(0, signal.SIGKILL)
 
 
 def stopped() -> None:
     """Process 1 stands still in the second iteration's sampling."""
+    _struck(1, signal.SIGSTOP)
+
+
+def _struck(victim: int, number: int) -> None:
     act = Trainer._act
 
-    def standing(trainer, hearing):
-        if rank() == 1 and trainer.iteration == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
+    def struck(trainer, hearing):
+        if rank() == victim and trainer.iteration == 1:
+            os.kill(os.getpid(), number)
         return act(trainer, hearing)
 
-    Trainer._act = standing
+    Trainer._act = struck
 
 
 def never() -> None:
