@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet --user uv || $(PYTHON) -m pip install --quiet uv
 	@PATH="$$HOME/.local/bin:$$PATH"; [ -x $(BIN)/python ] || uv venv --quiet --python $(PYTHON) $(VENV)
-	@PATH="$$HOME/.local/bin:$$PATH"; uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[app,ocr,serve,tensorboard,trackio,wandb]" --group dev
+	@PATH="$$HOME/.local/bin:$$PATH"; uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[app,ocr,serve,tensorboard,trackio,wandb]" --group dev
 	@touch $@
 
 demo: setup

@@ -10,7 +10,7 @@ that colour in a share p of the pictures of a prompt, the tilted density has it 
 
 of them. Each run tunes with reinforce adjoint matching (`ram:RAM`, with its path cost), which should end at q, and stay there. Printed
 are the shares on held-out prompts, base and tuned by the same sampler from the same noise, with the interval of the tuned share over
-prompts, and q averaged over prompts by the base model's own share of each (from its pictures of that prompt, Laplace's rule).
+prompts, and q averaged over prompts by the base model's own share of each (from its pictures of that prompt, and a tenth of one more).
 """
 
 import argparse
@@ -31,7 +31,7 @@ def words(temperature: float, seed: int, iterations: int, output: Path) -> list[
         f"rewards=[{{name: 'scene:Colour', colour: {COLOUR}}}]",
         "held_out_rewards=[{name: 'scene:Count'}, {name: clip, model: menagerie}]",
         f"algorithm={{name: 'ram:RAM', temperature: {temperature}, path_cost: 1, times: 2}}",
-        "advantage={name: 'advantage:GroupRelative', scale: none}", "rollout.solver={name: 'diffusion:DDIM', eta: 0, min_sigma: 0}",
+        "advantage={name: 'advantage:LeaveOneOut'}", "rollout.solver={name: 'diffusion:DDIM', eta: 0, min_sigma: 0}",
         "rollout.prompts=8", "rollout.num_steps=16", "optimizer.lr=1.0e-3", f"run.seed={seed}", f"run.iterations={iterations}",
         "run.eval_every=8", "run.save_every=8", "run.threads=1", "evaluation.prompts=32", "evaluation.seeds=8", f"run.output={output}",
     ]  # fmt: skip

@@ -201,29 +201,6 @@ class DanceSDE:
         return _sde_step(self, torch.full_like(now.sigma, self.eta**2), now, then)
 
 
-@dataclass(frozen=True)
-class Within:
-    """A solver inside a window of noise levels, and the ODE outside, which adds no noise (Li et al. 2025, "MixGRPO").
-
-    Args:
-        solver: any.
-        lowest, highest: a step that starts at a noise level in (lowest, highest] is the solver's.
-    """
-
-    solver: Solver
-    lowest: float
-    highest: float
-
-    @property
-    def stochastic(self) -> bool:
-        return self.solver.stochastic
-
-    def __call__(self, now: Level, then: Level) -> tuple[Tensor, Tensor]:
-        c, std = self.solver(now, then)
-        inside = (now.sigma > self.lowest) & (now.sigma <= self.highest)
-        return torch.where(inside, c, then.sigma), torch.where(inside, std, 0.0)
-
-
 def _sde_step(solver: Solver, g2: Tensor, now: Level, then: Level) -> tuple[Tensor, Tensor]:
     """One Euler-Maruyama step of dx = [v + g^2 / (2 sigma) * eps] dsigma + g dw: the ODE's, less some of the old noise.
 

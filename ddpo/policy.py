@@ -142,7 +142,8 @@ class Policy:
         return {f"{name}/{w}": v for name, weights in kept.items() for w, v in zip(self.weights, weights, strict=True)}
 
     def load_selves(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `selves` returned."""
+        """Take back what `selves` returned, and no other."""
+        self._selves = {"reference": self._selves["reference"]}
         for name in {key.partition("/")[0] for key in tensors}:
             self._selves[name] = [tensors[f"{name}/{w}"].to(v.device).clone() for w, v in self.weights.items()]
 

@@ -67,6 +67,11 @@ class Recipe:
         algorithm, solver, advantage = self.algorithm.build(), self.rollout.solver.build(), self.advantage.build()
         if refusal := algorithm.refusal(solver):
             yield "rollout.solver", refusal
+        if self.rollout.window and not solver.stochastic:
+            yield (
+                "rollout.window",
+                f"says where {solver} adds noise, and it adds none; set rollout.window=null, or take another solver",
+            )
         if algorithm.memoryless and self.rollout.window:
             yield "rollout.window", f"{self.algorithm.name} needs the sampler's noise in every step; set rollout.window=null"
         if algorithm.memoryless and self.rollout.guidance != 1:
@@ -88,7 +93,13 @@ class Recipe:
             yield (
                 "advantage",
                 f"{self.algorithm.name} weighs rewards against a temperature, and {self.advantage.name} changes their unit; use "
-                '{name: "advantage:GroupRelative", scale: none}',
+                '{name: "advantage:LeaveOneOut"}',
+            )
+        if algorithm.needs_units and self.objective.normalise != "none":
+            yield (
+                "objective.normalise",
+                f"is {self.objective.normalise}, which changes the unit of the rewards, and {self.algorithm.name} weighs them against a "
+                "temperature; set it to none",
             )
         if algorithm.last_steps > self.rollout.num_steps:
             yield "algorithm.steps", f"is {algorithm.last_steps}; it can be rollout.num_steps={self.rollout.num_steps} at most"

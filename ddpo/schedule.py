@@ -48,8 +48,9 @@ class VariancePreserving:
 
     def times(self, num_steps: int) -> Tensor:
         length = len(self.alphas_cumprod)
-        if not 1 <= num_steps <= length:
-            raise ValueError(f"num_steps is {num_steps}; this schedule has 1 to {length} steps")
+        most = length if self.trailing else length - self.offset
+        if not 1 <= num_steps <= most:
+            raise ValueError(f"num_steps is {num_steps}; this schedule has 1 to {most} steps")
         if self.trailing:
             visited = torch.arange(num_steps, 0, -1, dtype=torch.float64).mul(length / num_steps).round().long() - 1
         else:

@@ -156,7 +156,8 @@ class Health:
         diversity_warn, diversity_stop: the share of the base model's within-prompt diversity that must be left.
         blank: the share of black, white or flat held-out pictures, above the base model's, that stops the run.
         saturated: the share of pixel values at 0 or 255, above the base model's, that is warned of.
-        kl_budget: nats a picture from the base model that stop the run; None only warns of a large distance.
+        kl_budget: nats a picture from the base model that stop the run, over the steps that add noise (of a sampler that adds none,
+            over DDPM's); None only warns of a large distance.
         zero_spread: the share of prompts whose pictures all score alike that, three iterations running, stops the run.
         spike: robust standard deviations of the gradient's log-norm; an update beyond is skipped, three in ten stop the run.
     """

@@ -154,6 +154,7 @@ class Trainer:
         )
 
     def _iterate(self) -> tuple[dict[str, Any], list[Alarm]]:
+        self.learner.algorithm = self.algorithm.scheduled(self.iteration)
         self.algorithm.start(self.policy, self.iteration)
         rows = self.deal.rows(self.iteration, self.salt, self.accelerator.process_index)
         everyones = self.deal.all_rows(self.iteration, self.salt)
@@ -174,6 +175,8 @@ class Trainer:
         if warning := self.judge.check(wanted, texts):
             self.display.say(warning)
         advantages = self.advantage(wanted, texts)
+        if self.algorithm.needs_units:  # a group that scores alike says that the density wants nothing of it but the base
+            advantages = advantages.where(advantages.isfinite() | ~wanted.isfinite(), 0.0)
         mine = len(rollout) * self.accelerator.process_index
         own = slice(mine, mine + len(rollout))
         if self.acting.credit and rollout.beliefs is not None:

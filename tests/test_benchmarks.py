@@ -42,6 +42,25 @@ def test_points_of_a_curve_lie_on_its_lines():
     assert algorithms.reached(CURVE, "spent", 0.05) == math.inf and math.isnan(algorithms.at(CURVE, "spent", 31.0, "images"))
 
 
+@pytest.mark.parametrize(
+    ("gains", "chosen", "tried"),
+    [((0.04, 0.02, 0.5, 0.5), 1e-2, 2), ((-0.1, 0.04, 0.02, 0.5), 3e-3, 3), ((math.nan, -0.2, -0.1, -0.02), 3e-4, 4)],
+)
+def test_learning_rates_are_tried_from_the_highest_down_until_one_is_worse(gains, chosen, tried, tmp_path, monkeypatch):
+    found = dict(zip(algorithms.RATES, gains, strict=True))
+
+    def run(job, root):
+        job.folder(root).mkdir(parents=True)
+        (job.folder(root) / "run.json").write_text('{"status": "finished"}')
+        (job.folder(root) / "metrics.jsonl").write_text(json.dumps({"eval/win_rate": 0.5, "eval/clip/delta": found[job.rate]}))
+
+    monkeypatch.setattr(algorithms.Job, "run", run)
+    assert algorithms.search(tmp_path, "eps", "DDPO", algorithms.RATES) == chosen
+    assert len(list((tmp_path / "eps").iterdir())) == tried
+    row = algorithms.search_table(tmp_path, "eps", ["DDPO"], algorithms.RATES).splitlines()[-1]
+    assert row.startswith("| DDPO |") and row.count("0.") == sum(math.isfinite(gain) for gain in gains[:tried])
+
+
 def test_seconds_are_of_drawing_scoring_and_learning_by_themselves(tmp_path):
     job = algorithms.Job("eps", "DDPO, all steps", 1e-3, 0, 16)
     assert job.folder(tmp_path).name == "DDPO-all-steps-lr0.001-seed0-16"

@@ -190,6 +190,8 @@ def test_a_groups_best_meets_its_worst_or_all_meet():
     met = {(w, s) for w, s, yes in zip(winners.tolist(), losers.tolist(), decided.tolist(), strict=True) if yes}
     assert met == {(1, 2), (1, 0), (2, 0), (7, 8)} and len(winners) == 9
     rollout.rewards = torch.full((9,), nan)
+    lone = rollout[torch.tensor([0, 3])]  # of groups that lost the others
+    assert len(_pairs(lone, "all")[0]) == 0 and list(D3PO(pairs="all").views(lone, 4, torch.Generator())) == []
     for pairs, number in (("extremes", 3), ("all", 9)):
         winners, losers, decided = _pairs(rollout, pairs)
         assert len(winners) == number and not decided.any()

@@ -22,6 +22,7 @@ from ddpo.config import ConfigError
 from ddpo.experiment import read
 from ddpo.learner import Learner
 from ddpo.models._common import _visit
+from ddpo.models.flux import Flux
 from ddpo.models.sd import StableDiffusion
 from ddpo.models.sd3 import StableDiffusion3
 from ddpo.noise import normal
@@ -35,7 +36,7 @@ from tests.test_algorithms import STEPS, TARGET
 from tests.test_forward import Located
 from tests.test_rollout import ADDRESSES, PROMPTS, stir
 from tests.test_trainer import ODE, lines, trainer_of, weights
-from tests.tiny import save_sd3
+from tests.tiny import save_flux, save_sd3
 
 ROOT = Path(__file__).parent.parent
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -265,13 +266,19 @@ def test_a_picture_that_could_not_be_scored_is_left_out():
     assert list(DRaFT().views(rollout, 2, torch.Generator())) == []
 
 
-@pytest.mark.parametrize("which", ["tiny", "tiny_v", "tiny_sd3"])
+FAMILIES = {
+    "tiny": StableDiffusion, "tiny_v": StableDiffusion, "tiny_sd3": partial(StableDiffusion3, text_encoder_3=False), "tiny_flux": Flux
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", FAMILIES)
 def test_the_gradient_reaches_every_lora_weight_and_checkpoints_do_not_change_it(which, request):
     folder = request.getfixturevalue(which)
     got = []
     for again in (False, True):
-        family = partial(StableDiffusion3, text_encoder_3=False) if which == "tiny_sd3" else StableDiffusion
-        policy = stir(Policy(family(str(folder), dtype="float32", gradient_checkpointing=again), LoRA(rank=4), 3.0), 0.05)
+        family = FAMILIES[which](str(folder), dtype="float32", gradient_checkpointing=again)
+        assert family.vae.decoder.gradient_checkpointing == again
+        policy = stir(Policy(family, LoRA(rank=4), 3.0), 0.05)
         rollout = rollout_of(policy, d.DDIM(1.0), 3)
         rollout.reward = partial(Rubric.of([(Brightness(), 1.0)]).graded, {"brightness": 1.0})
         got.append(gradient(DRaFT(2), policy, rollout)[0])
@@ -283,6 +290,11 @@ def test_the_gradient_reaches_every_lora_weight_and_checkpoints_do_not_change_it
 @pytest.fixture(scope="module")
 def tiny_sd3(tmp_path_factory):
     return save_sd3(tmp_path_factory.mktemp("tiny_sd3"), t5=False)
+
+
+@pytest.fixture(scope="module")
+def tiny_flux(tmp_path_factory):
+    return save_flux(tmp_path_factory.mktemp("tiny_flux"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

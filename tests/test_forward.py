@@ -100,6 +100,12 @@ def test_awm_is_the_published_loss_and_its_gradient_is_that_of_the_weighted_like
     assert torch.allclose(held, loss + 2.0 * dv["ema"] + 0.1 * dv["reference"], rtol=1e-6)
 
 
+def test_a_teacher_needs_the_term_that_it_teaches_by():
+    with pytest.raises(ValueError, match="set kl"):
+        RWR(teacher=5.0)
+    assert NFT(teacher=5.0).teacher == 5.0
+
+
 def test_rwr_is_the_weighted_diffusion_loss():
     selves = Selves()
     loss, _ = RWR(temperature=2.0, max_weight=3.0).loss(selves, selves.view)
@@ -124,10 +130,9 @@ def test_the_velocity_is_the_one_of_both_parameterisations():
     now = selves.beliefs["now"].detach()
     one = selves.view.velocity_distance(now, selves.x0)
     assert torch.allclose(one, mean((selves.velocity(now) - selves.v) ** 2))
-    level = d.Level(ALPHA, SIGMA)
     eps = (selves.view.x - ALPHA.view(-1, 1, 1, 1) * now) / SIGMA.view(-1, 1, 1, 1)
     true = (selves.view.x - ALPHA.view(-1, 1, 1, 1) * selves.x0) / SIGMA.view(-1, 1, 1, 1)
-    assert torch.allclose(one, mean((eps - true) ** 2) / ALPHA**2) and level is not None
+    assert torch.allclose(one, mean((eps - true) ** 2) / ALPHA**2)
 
 
 def test_noise_has_an_address_and_levels_are_stratified(tiny):
@@ -164,11 +169,13 @@ def test_a_teacher_is_the_guided_base_model(tiny):
     (view,) = RWR(times=1).views(rollout, 4, torch.Generator())
     with torch.no_grad():
         plain, taught, alone = (
-            RWR(times=1, kl=kl, teacher=g).loss(policy, view)[0] for kl, g in ((0.0, 1.0), (0.5, 3.0), (0.5, 1.0))
+            RWR(times=1, kl=kl, teacher=g).loss(policy, view)[0] for kl, g in ((0.0, None), (0.5, 3.0), (0.5, None))
         )
+        guided = RWR(times=1, kl=0.5, guidance=3.0).loss(policy, view)[1]["kl/velocity"]
         apart = policy(view.x, view.t, view.cond, 3.0).x0 - policy(view.x, view.t, view.cond, 1.0).x0
     torch.testing.assert_close(taught - plain, 0.5 * apart.square().flatten(1).mean(1) / view.sigma**2, rtol=1e-3, atol=1e-6)
     assert torch.equal(alone, plain) and (taught > plain).all()  # before the first update the base model is the policy
+    assert not guided.any()  # with guidance too
 
 
 class Located:

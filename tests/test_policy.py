@@ -53,6 +53,16 @@ def test_remember_is_a_moving_average(tiny):
         torch.testing.assert_close(kept, 0.75 * old + 0.25 * w.detach())
 
 
+def test_going_back_to_before_a_self_was_made_forgets_it(tiny):
+    policy = policy_of(tiny)
+    none = policy.selves()
+    policy.remember("old")
+    policy.load_selves(none)
+    assert policy.selves() == {}
+    with policy.acting_as("reference"):
+        pass
+
+
 def test_guidance_extrapolates_from_the_empty_prompt(tiny):
     plain, guided = stir(policy_of(tiny, 1.0)), stir(policy_of(tiny, 4.0))
     without, with_prompt = believes(plain, ["", ""]), believes(plain)

@@ -5,6 +5,7 @@ The base is a mixture of two Gaussians in the plane and the reward its first coo
 pytest tests/test_sampler.py
 """
 
+import re
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 from ddpo import diffusion as d
+from ddpo.advantage import GroupRelative, LeaveOneOut
 from ddpo.algorithms.ram import RAM, Bridged
+from ddpo.config import ConfigError
+from ddpo.experiment import read
 from ddpo.rollout import Rollout, collect
 from ddpo.schedule import FlowMatching, VariancePreserving
 from tests.test_forward import ALPHA, SIGMA, Selves, mean
@@ -21,7 +25,6 @@ from tests.test_rollout import ADDRESSES, PROMPTS, policy_of, stir
 
 LOGITS, MEANS, SPREAD = torch.tensor([0.8, 0.2]).log(), torch.tensor([[-1.5, 0.0], [1.5, 0.5]]), 0.5
 GAUSSIAN = (torch.tensor([0.0, -torch.inf]), MEANS)
-LOST = "from the base in one go the left mode is lost before the right is learned; nothing that is drawn then tells of it"
 REWARD_SPREAD = 1.3  # the standard deviation of the first coordinate in the base
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 DDPM = VariancePreserving((1 - BETAS).cumprod(0), 1.0, trailing=True)  # it ends in noise alone
@@ -85,29 +88,30 @@ def fast(g):
         yield
 
 
-def scored(rollout):
-    reward = rollout.latents[:, -1, 0, 0, 0]
-    rollout.advantages = reward - reward.mean()
+def scored(rollout, advantage=lambda rewards, prompts: rewards - rewards.mean()):
+    rewards = rollout.latents[:, -1, 0, 0, 0]
+    rollout.advantages = advantage(rewards, [str(i // 8) for i in range(len(rewards))])
     return rollout
 
 
-def drawn(x, schedule):
+def drawn(x, schedule, *advantage):
     n = len(x)
     return scored(
         Rollout(
             ["a"] * n, [(0, 0)] * n, schedule, {"none": torch.zeros(1, 1)}, torch.zeros(n, dtype=torch.long), x.view(n, 1, 1, 1, 2),
             torch.zeros(2), torch.zeros(n, 0), [], torch.zeros(n, 3, 1, 1), d.DDIM(0.0),
-        )
+        ),
+        *advantage,
     )  # fmt: skip
 
 
-def residuals(base, s, schedule, path_cost, n=20_000, times=2):
+def residuals(base, s, schedule, path_cost, *advantage, n=20_000, times=2):
     """How far RAM's target is from the belief of the tilted density, under it: means and standard errors against four features of x_t."""
     policy, g = Mixture(base, schedule), torch.Generator().manual_seed(0)
     policy.weights = dict(zip(policy.weights, tilted(*base, s), strict=True))
     algorithm = RAM(times=times, temperature=1 / s, path_cost=path_cost)
     algorithm.start(policy, 0)
-    rollout = drawn(exact(n, tilted(*base, s), g), schedule)
+    rollout = drawn(exact(n, tilted(*base, s), g), schedule, *advantage)
     found = []
     with fast(g), torch.no_grad():
         for view in algorithm.views(rollout, n, g):
@@ -134,6 +138,32 @@ def test_with_its_path_cost_the_tilted_density_is_the_fixed_point(schedule):
     assert (published.abs() > 20 * error).any() and published.abs().max() > 3 * off.abs().max()
 
 
+def test_so_it_is_with_the_advantage_of_groups_of_eight():
+    """A mean that a reward is part of tilts an eighth too little."""
+    off, error = residuals((LOGITS, MEANS), 0.8, DDPM, 1, LeaveOneOut())
+    assert (off.abs() < 3.5 * error).all()
+    off, error = residuals((LOGITS, MEANS), 0.8, DDPM, 1, GroupRelative(scale="none"))
+    assert (off.abs() > 5 * error).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["objective.normalise=group"], "objective.normalise: is group"),
+        (["advantage={name: 'advantage:GroupRelative'}"], "LeaveOneOut"),
+    ],
+)
+def test_what_changes_the_rewards_unit_is_refused(words, expected):
+    ram = [
+        "algorithm={name: 'ram:RAM'}",
+        "advantage={name: 'advantage:LeaveOneOut'}",
+        "rollout.solver={name: 'diffusion:DDIM', eta: 0}",
+    ]
+    read("configs/menagerie_alignment.yaml", ram, 1)
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        read("configs/menagerie_alignment.yaml", [*ram, *words], 1)
+
+
 @SCHEDULES
 @pytest.mark.parametrize("path_cost", [0, 2])
 def test_of_a_gaussian_under_a_linear_reward_the_published_one_is_exact_too(schedule, path_cost):
@@ -141,13 +171,14 @@ def test_of_a_gaussian_under_a_linear_reward_the_published_one_is_exact_too(sche
     assert (off.abs() < 3.5 * error).all()
 
 
-def tuned(temperature, path_cost, iterations, rows, steps, seed=0):
+def tuned(temperature, path_cost, iterations, rows, steps, seed=0, anneal=0):
     policy, g = Mixture(), torch.Generator().manual_seed(seed)
-    algorithm = RAM(times=2, temperature=temperature, path_cost=path_cost)
+    schedule = RAM(times=2, temperature=temperature, path_cost=path_cost, anneal=anneal)
     optimizer = torch.optim.Adam(policy.weights.values(), 0.1)
     with fast(g):
         for iteration in range(iterations):
             optimizer.param_groups[0]["lr"] = 0.1 * (1 - iteration / iterations)
+            algorithm = schedule.scheduled(iteration)
             algorithm.start(policy, iteration)
             with torch.no_grad():
                 rollout = scored(collect(policy, ["a"] * rows, [(0, 0)] * rows, d.DDIM(0.0), steps, rows, False))
@@ -176,19 +207,31 @@ def two_samples(temperature, path_cost, **settings):
 
 
 def test_the_tuned_policy_draws_the_tilted_density():
-    distance, noise = two_samples(1.0, 1, iterations=50, rows=512, steps=20)
+    distance, noise = two_samples(1.0, 1, iterations=50, rows=512, steps=40)
     assert distance < noise
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [2.0, 1.0, pytest.param(0.5, marks=pytest.mark.xfail(strict=False, reason=LOST))])
-def test_so_it_does_at_three_temperatures_in_units_of_the_rewards_spread(temperature):
-    """A hundred steps, since fewer draw too little variance; where the tilt is strong, the published target is far off."""
-    distance, noise = two_samples(temperature, 2, iterations=150, rows=1024, steps=100)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("temperature", "iterations", "anneal"), [(2.0, 150, 0), (1.0, 150, 0), (0.5, 300, 100)])
+def test_so_it_does_at_three_temperatures_in_units_of_the_rewards_spread(temperature, iterations, anneal, seed):
+    """A hundred steps, since fewer draw too little variance. The strong tilt comes slowly: at once, training strays on the way,
+    loses the left mode, and nothing that is drawn then tells of it."""
+    distance, noise = two_samples(temperature, 2, iterations=iterations, rows=1024, steps=100, seed=seed, anneal=anneal)
     assert distance < noise
-    if temperature <= 1:
-        published, noise = two_samples(temperature, 0, iterations=60, rows=512, steps=20)
-        assert published > 5 * noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_published_target_is_far_off_where_the_tilt_is_strong(temperature):
+    distance, noise = two_samples(temperature, 0, iterations=60, rows=512, steps=20)
+    assert distance > 5 * noise
+
+
+def test_annealing_raises_the_tilt_evenly_to_its_value():
+    tilts = [1 / RAM(temperature=0.5, anneal=4).scheduled(iteration).temperature for iteration in range(6)]
+    assert tilts == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert RAM(temperature=0.5).scheduled(0).temperature == 0.5
 
 
 def test_the_published_target_is_its_formula_in_eps():
@@ -199,8 +242,8 @@ def test_the_published_target_is_its_formula_in_eps():
     selves.weights, selves.selves = {"w": torch.ones(1)}, lambda: {"old/w": torch.zeros(1)}
     a, s = (v.view(-1, 1, 1, 1) for v in (ALPHA, SIGMA))
     eps = {n: (selves.view.x - a * v.detach()) / s for n, v in {**selves.beliefs, "true": selves.x0}.items()}
-    loss, _ = RAM(temperature=3.0, consistency=0.5).loss(selves, selves.view)
-    weight = (selves.view.advantage / 3 + 0.5).view(-1, 1, 1, 1)
+    loss, _ = RAM(temperature=3.0).loss(selves, selves.view)
+    weight = (selves.view.advantage / 3).view(-1, 1, 1, 1)
     target = eps["reference"] + weight * (eps["true"] - eps["old"])
     torch.testing.assert_close(loss, mean((eps["now"] - target) ** 2) / ALPHA**2, rtol=1e-6, atol=0)
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from ddpo.advantage import GroupRelative, PerPrompt
 from ddpo.algorithms.ddpo import DDPO
 from ddpo.algorithms.forward import NFT, RWR
+from ddpo.algorithms.ram import RAM
 from ddpo.checkpoint import MismatchedCheckpoint
 from ddpo.config import Component
 from ddpo.deal import VarianceAdaptive
@@ -149,6 +150,18 @@ def test_groups_that_are_all_alike_are_left_out_and_said(tiny, tmp_path):
     before = weights(nothing)
     nothing.run()
     assert torch.equal(weights(nothing), before) and len(rows) == 6 and lines(tmp_path / "none")[1]["grad_norm"] == 0
+
+
+def test_each_iteration_learns_by_its_own_hyperparameters(tiny, tmp_path):
+    """RAM tilts slowly where it is told to."""
+    annealed = trainer_of(
+        tmp_path / "a", tiny, algorithm=RAM(anneal=2), advantage=GroupRelative(scale="none"), iterations=3, solver=ODE
+    )
+    used = []
+    improve = annealed.learner.improve
+    annealed.learner.improve = lambda *args: used.append(annealed.learner.algorithm.temperature) or improve(*args)
+    annealed.run()
+    assert used == [2.0, 1.0, 1.0]
 
 
 def test_every_update_moves_the_weights_and_the_first_ratio_is_one(tiny, tmp_path):

@@ -5,10 +5,12 @@ import torch
 
 from ddpo import diffusion as d
 from ddpo.algorithms.ddpo import DDPO
+from ddpo.config import ConfigError
+from ddpo.experiment import read
 from ddpo.noise import generator
 from ddpo.rollout import collect, stochastic_steps
 from ddpo.schedule import FlowMatching, VariancePreserving
-from ddpo.window import First, Random, Sliding, within
+from ddpo.window import First, Random, Sliding, Within, within
 from tests.test_rollout import ADDRESSES, PROMPTS, policy_of, stir
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -36,6 +38,12 @@ def test_noise_is_added_in_the_window_and_nowhere_else(schedule, solver, window,
         assert torch.equal(torch.stack(inside(now, then)), torch.where(mine, torch.stack(solver(now, then)), ode))
 
 
+def test_a_window_on_a_sampler_without_noise_is_refused():
+    words = ["algorithm={name: 'forward:NFT'}", "rollout.solver={name: 'diffusion:DDIM', eta: 0}"]
+    with pytest.raises(ConfigError, match=r"rollout\.window: says where .* set rollout\.window=null"):
+        read("configs/menagerie_alignment.yaml", [*words, "rollout.window={name: 'window:First'}"], 1)
+
+
 def test_where_the_windows_are():
     draw = generator("window")
     assert [Sliding(4, every=2, stride=3).first(10, i, draw) for i in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
@@ -44,7 +52,7 @@ def test_where_the_windows_are():
 
 
 def test_an_ode_has_no_window():
-    assert not d.Within(d.DDIM(0.0), 0.2, 0.8).stochastic and DDPO().refusal(d.Within(d.DDIM(0.0), 0.2, 0.8))
+    assert not Within(d.DDIM(0.0), 0.2, 0.8).stochastic and DDPO().refusal(Within(d.DDIM(0.0), 0.2, 0.8))
 
 
 def test_acting_replay_and_learning_follow(tiny):

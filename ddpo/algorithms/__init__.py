@@ -5,7 +5,7 @@ It owns no loop, no optimizer and no device: the trainer improves them all.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class Algorithm(ABC, Generic[View]):
         advantages of steps, and trains it."""
         return None
 
+    def scheduled(self, iteration: int) -> Self:
+        """The same algorithm with the hyperparameters of this iteration, counted from 0: itself, where none changes."""
+        return self
+
     def start(self, policy: Policy, iteration: int) -> None:
         """Before each iteration, counted from 0."""
 
@@ -88,6 +92,17 @@ class Algorithm(ABC, Generic[View]):
 
     def finish(self, policy: Policy, iteration: int) -> None:
         """After each iteration."""
+
+
+def how_many(share: float, stochastic_steps: int) -> int:
+    """Steps that an update learns from, where it learns from a share of them: one at least."""
+    return max(1, round(share * stochastic_steps))
+
+
+def some_steps(share: float, batch: Rollout, draw: torch.Generator) -> list[int]:
+    """So many of the rollout's stochastic steps, drawn without replacement, in their order."""
+    chosen = torch.randperm(len(batch.stochastic), generator=draw)[: how_many(share, len(batch.stochastic))]
+    return [batch.stochastic[i] for i in sorted(chosen.tolist())]
 
 
 class Replay:

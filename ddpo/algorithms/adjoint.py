@@ -37,7 +37,7 @@ import torch
 from annotated_types import Gt, Interval
 from torch import Tensor
 
-from ddpo.algorithms import Algorithm
+from ddpo.algorithms import Algorithm, how_many, some_steps
 from ddpo.diffusion import DDIM, FlowSDE, Solver
 from ddpo.policy import Policy
 from ddpo.rollout import Rollout
@@ -123,13 +123,11 @@ class AdjointMatching(Algorithm[Transition]):
 
     def passes(self, stochastic_steps: int) -> int:
         """The views, and the base model's passes, each of which goes backward too."""
-        return self._number(stochastic_steps) + stochastic_steps
+        return how_many(self.steps, stochastic_steps) + stochastic_steps
 
     def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Steered]:
         """Every chosen stochastic step of every row that could be scored."""
-        number = self._number(len(batch.stochastic))
-        chosen = torch.randperm(len(batch.stochastic), generator=draw)[:number].sort().values.tolist()
-        steps = [batch.stochastic[i] for i in chosen]
+        steps = some_steps(self.steps, batch, draw)
         scored = batch.scored()
         for chunk in scored.chunks(size) if len(scored) else ():
             adjoints = Adjoints(chunk, self.temperature, steps)
@@ -143,9 +141,6 @@ class AdjointMatching(Algorithm[Transition]):
         mean, std = view.replay(policy)
         control, target = (mean - base) / std, std * adjoint.to(mean)
         return _mean_square(control - target), {"control": _mean_square(control.detach()), "adjoint": _mean_square(target)}
-
-    def _number(self, stochastic_steps: int) -> int:
-        return max(1, round(self.steps * stochastic_steps))
 
 
 def _remembers(solver: Solver) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from ddpo.algorithms import Algorithm, Replay, clipped_surrogate
+from ddpo.algorithms import Algorithm, Replay, clipped_surrogate, how_many, some_steps
 from ddpo.policy import Policy
 from ddpo.rollout import Rollout
 from ddpo.views import Transition
@@ -42,15 +42,14 @@ class ScoreFunction(Algorithm[Transition]):
     on_policy = True
 
     def passes(self, stochastic_steps: int) -> int:
-        return max(1, round(self.steps * stochastic_steps))
+        return how_many(self.steps, stochastic_steps)
 
     def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Transition]:
         """Every chosen stochastic step of every row. A deterministic step has no density, hence nothing to learn from."""
-        number = self.passes(len(batch.stochastic))
-        chosen = sorted(torch.randperm(len(batch.stochastic), generator=draw)[:number].tolist())
+        chosen = some_steps(self.steps, batch, draw)
         for chunk in batch.chunks(size):
-            for i in chosen:
-                yield chunk.transition(batch.stochastic[i])
+            for step in chosen:
+                yield chunk.transition(step)
 
     def loss(self, policy: Policy, view: Transition) -> tuple[Tensor, dict[str, Tensor]]:
         step = Replay(policy, view)

@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpo.algorithms import Algorithm, Replay
+from ddpo.algorithms import Algorithm, Replay, how_many, some_steps
 from ddpo.policy import Policy
 from ddpo.rollout import Rollout
 from ddpo.views import Noised, Pair, Transition
@@ -97,7 +97,7 @@ class D3PO(Algorithm[Pair[Transition]]):
     smallest_group = 2
 
     def passes(self, stochastic_steps: int) -> int:
-        return max(1, round(self.steps * stochastic_steps))  # at most, of extremes
+        return how_many(self.steps, stochastic_steps)  # at most, of extremes
 
     def together(self, batch: Rollout, size: int) -> Sequence[Tensor]:
         winners, losers, _ = _pairs(batch, self.pairs)
@@ -111,12 +111,11 @@ class D3PO(Algorithm[Pair[Transition]]):
 
     def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Pair[Transition]]:
         """Every pair at every chosen stochastic step."""
-        number = self.passes(len(batch.stochastic))
-        chosen = sorted(torch.randperm(len(batch.stochastic), generator=draw)[:number].tolist())
+        chosen = some_steps(self.steps, batch, draw)
         at_once = self._at_once(len(_pairs(batch, self.pairs)[0]), size)
         for both, decided in _paired(batch, self.pairs, at_once):
-            for i in chosen:
-                yield Pair(both.transition(batch.stochastic[i]), decided)
+            for step in chosen:
+                yield Pair(both.transition(step), decided)
 
     def loss(self, policy: Policy, view: Pair[Transition]) -> tuple[Tensor, dict[str, Tensor]]:
         """`log_ratio` among the metrics is to the policy that acted, and one at first; rho is to the base model."""
@@ -160,7 +159,7 @@ def _pairs(batch: Rollout, pairs: Pairing) -> tuple[Tensor, Tensor, Tensor]:
     scored = [[row for row in group if rewards[row].isfinite()] or group for group in order]
     ends = [(group[0], group[-1]) for group in scored]
     rows = ends if pairs == "extremes" else [pair for group in order for pair in itertools.combinations(group, 2)]
-    winners, losers = torch.tensor(rows).T
+    winners, losers = torch.tensor(rows, dtype=torch.long).view(-1, 2).T  # none where no group has two
     return winners, losers, rewards[winners] > rewards[losers]  # not of NaN
 
 

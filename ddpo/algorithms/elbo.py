@@ -47,14 +47,10 @@ class _Link(ForwardProcess):
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         likelihood = _likelihood(view, now)
         with torch.no_grad():
-            old = _likelihood(view, self._old_belief(policy, view)) if has_moved(policy, "old") else likelihood
+            old = _likelihood(view, self._belief_of("old", policy, view)) if has_moved(policy, "old") else likelihood
         log_ratio = likelihood - old.detach()
         loss = self._link(likelihood, log_ratio, self._clipped(view.advantage))
         return loss, {"log_ratio": log_ratio.detach()}
-
-    def _old_belief(self, policy: Policy, view: Noised) -> Tensor:
-        with policy.acting_as("old"):
-            return view.belief(policy, self.guidance)
 
     @abstractmethod
     def _link(self, likelihood: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:

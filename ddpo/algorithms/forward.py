@@ -43,8 +43,11 @@ class ForwardProcess(Algorithm[Noised]):
             UNets, whose unguided pictures are poor. None is the scale that acts.
         max_advantage: advantages are clipped to +- this.
         kl: weight of the mean squared distance to the base model's velocity.
-        teacher: scale of guidance of the base model in that distance. Above 1, with guidance 1, the LoRA learns what guidance
-            did, and may act without it, in half the time (as in CRD, arXiv 2603.14128).
+        teacher: scale of guidance of the base model in that distance; None is `guidance`. Above 1, with guidance 1, the LoRA learns
+            what guidance did, and may act without it, in half the time (as in CRD, arXiv 2603.14128).
+
+    Raises:
+        ValueError: a teacher without `kl` would teach nothing.
     """
 
     times: Annotated[int, Ge(1)] = 2
@@ -53,7 +56,11 @@ class ForwardProcess(Algorithm[Noised]):
     guidance: Annotated[float, Ge(0)] | None = 1.0
     max_advantage: Annotated[float, Gt(0)] = 5.0
     kl: Annotated[float, Ge(0)] = 0.0
-    teacher: Annotated[float, Ge(0)] = 1.0
+    teacher: Annotated[float, Ge(0)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None and not self.kl:
+            raise ValueError(f"teacher is {self.teacher:g} and kl is 0, so it would teach nothing: set kl, such as 0.1")
 
     def views(self, batch: Rollout, size: int, draw: torch.Generator) -> Iterator[Noised]:
         """Every row at every stretch of noise levels."""
@@ -73,7 +80,7 @@ class ForwardProcess(Algorithm[Noised]):
         loss, metrics = self._surrogate(policy, view, now)
         if self.kl:
             with policy.acting_as("reference"):
-                reference = view.belief(policy, self.teacher)
+                reference = view.belief(policy, self.guidance if self.teacher is None else self.teacher)
             distance = view.velocity_distance(now, reference)
             loss = loss + self.kl * distance
             metrics["kl/velocity"] = distance.detach()
@@ -82,6 +89,11 @@ class ForwardProcess(Algorithm[Noised]):
     @abstractmethod
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) losses and metrics; `now` is the present belief about x0."""
+
+    def _belief_of(self, earlier: str, policy: Policy, view: Noised) -> Tensor:
+        """(B, C, H, W) what an earlier self believes, without gradient, for one more forward pass."""
+        with policy.acting_as(earlier):
+            return view.belief(policy, self.guidance)
 
     def _clipped(self, advantage: Tensor) -> Tensor:
         return advantage.clamp(-self.max_advantage, self.max_advantage)
@@ -113,8 +125,7 @@ class NFT(ForwardProcess):
         policy.remember("old", decay=min(self.decay, self.growth * (iteration + 1)))
 
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with policy.acting_as("old"):
-            old = view.belief(policy, self.guidance)
+        old = self._belief_of("old", policy, view)
         share = self._clipped(view.advantage) / self.max_advantage / 2 + 0.5  # r in [0, 1]
         step = self.beta * (now - old)
         toward, away = (_relative_error(belief - view.x0) for belief in (old + step, old - step))
@@ -126,11 +137,11 @@ class NFT(ForwardProcess):
 class AWM(ForwardProcess):
     """Advantage weighted matching: the advantage times the gain in a robust estimate of the picture's likelihood.
 
-    log pi = -(sigma / p) |dv|^(2 p), p = 1/4; its ratio to the value at the start of the update is clipped as PPO's is, and a
-    term of weight `proximal` holds the velocity near an average of the past, without which a negative advantage has no bound.
+    log pi = -(sigma / p) |dv|^(2 p), p = 1/4, and a term of weight `proximal` holds the velocity near an average of the past,
+    without which a negative advantage has no bound. The authors multiply by the importance ratio to the policy that acted, clipped
+    so widely that it hardly ever binds; here it counts as one in later updates of a rollout too, which saves a forward pass.
 
     Args:
-        clip: how far the ratio may move from one; 1 hardly ever binds.
         proximal: weight of the squared distance to the averaged self, where the advantage's clipped scale is 1.
         decay: the most that the averaged self keeps in an iteration; begins at 0 and grows by `growth`.
         growth: of that share, an iteration.
@@ -138,7 +149,6 @@ class AWM(ForwardProcess):
 
     times: Annotated[int, Ge(1)] = 6
     kl: Annotated[float, Ge(0)] = 1e-3
-    clip: Annotated[float, Gt(0)] = 1.0
     proximal: Annotated[float, Ge(0)] = 1.0
     decay: Annotated[float, Interval(ge=0, lt=1)] = 0.3
     growth: Annotated[float, Ge(0)] = 1e-3
@@ -150,21 +160,19 @@ class AWM(ForwardProcess):
         policy.remember("ema", decay=min(self.decay, self.growth * (iteration + 1)))
 
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with policy.acting_as("ema"):
-            past = view.belief(policy, self.guidance)
+        past = self._belief_of("ema", policy, view)
         likelihood = -4 * view.sigma * (view.velocity_distance(now, view.x0) + 1e-10) ** 0.25
-        ratio = (likelihood - likelihood.detach()).exp()  # the value is one: the old policy is the one that acted
         advantage = self._clipped(view.advantage) / self.max_advantage
-        gain = torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - self.clip, 1 + self.clip))
         distance = view.velocity_distance(now, past)
-        return -gain + self.proximal * distance, {"old_distance": distance.detach()}
+        return -advantage * likelihood + self.proximal * distance, {"old_distance": distance.detach()}
 
 
 @dataclass(frozen=True)
 class RWR(ForwardProcess):
     """Reward-weighted regression: the diffusion loss on one's own pictures, each with weight exp(A / temperature).
 
-    What every policy gradient must beat.
+    What every policy gradient must beat. Black et al. weigh by the softmax of the rewards themselves over all pictures, with temperature
+    0.2; advantages make a temperature mean the same whatever the reward's unit, and compare pictures of one prompt.
 
     Args:
         temperature: of the weights; low looks at the best pictures alone.

@@ -17,8 +17,8 @@ arXiv 2605.10759); the second is the path cost, less a baseline that has mean ze
 section 5), which was not at hand: this one was derived here, and tests/test_sampler.py checks it where the truth is known.
 """
 
-from dataclasses import dataclass, fields
-from typing import Annotated
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Self
 
 import torch
 from annotated_types import Ge, Gt
@@ -61,27 +61,28 @@ class RAM(ForwardProcess):
     Without it, as published, the fixed point is  x0_theta - x0_base = Cov(r, x0 | x_t) / lambda  under the tuned policy, where the
     truth is the mean of that covariance over all tilts from none to 1 / lambda: right to first order in 1 / lambda, and
     exact where the covariance does not change, as for Gaussians under linear rewards. In a mixture it stops short.
-    A fixed point is not yet a road to it: a mode that is no longer drawn is not learned about, so strong tilts may lose modes on the way.
+    A fixed point is not yet a road to it: a mode that is no longer drawn is not learned about. A strong tilt taken at once may lose
+    modes before it has learned how far to go; `anneal` tilts slowly.
 
-    Rewards are in their own units, so advantages must be too: advantage: {name: "advantage:GroupRelative", scale: none}. Another
-    scale would move as the policy does, and no density be sampled.
+    Rewards are in their own units, so advantages must be too: advantage: {name: "advantage:LeaveOneOut"}. Another scale would move
+    as the policy does, and no density be sampled; GroupRelative with scale none samples that of lambda G / (G - 1), G the group's size.
 
     Args:
         max_advantage: clips what should not be clipped; it is there against outliers.
         temperature: lambda, in units of the reward.
-        consistency: added to A / lambda. The mean of x0 - x0_old given x_t is zero for a policy that believes in what it draws, so
-            this moves no fixed point; where it is not zero, each fit multiplies the error by minus this sum: pictures
-            with a lower advantage would push it up until the belief says nothing of what is drawn (Jiang et al. 2026, "DiPOD",
-            have the same remedy). 0 is as published. What the solver draws wrong counts 1 + this times: it needs more steps.
         path_cost: points on the way of each view at which the path cost is estimated, by two more forward passes without
             gradient each; 1 is unbiased, more have less variance. 0 leaves it out, as published.
+        anneal: iterations over which 1 / temperature rises evenly to its value; 0 has it whole from the start.
     """
 
     max_advantage: Annotated[float, Gt(0)] = 1e6
     temperature: Annotated[float, Gt(0)] = 1.0
-    consistency: Annotated[float, Ge(0)] = 1.0
     path_cost: Annotated[int, Ge(0)] = 0
+    anneal: Annotated[int, Ge(0)] = 0
     needs_units = True
+
+    def scheduled(self, iteration: int) -> Self:
+        return replace(self, temperature=self.temperature * max(1.0, self.anneal / (iteration + 1)))
 
     def start(self, policy: Policy, iteration: int) -> None:
         policy.remember("old")
@@ -93,13 +94,13 @@ class RAM(ForwardProcess):
 
     def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(view, Bridged), "RAM learns from its own views"
-        old = self._belief(policy, view, "old") if has_moved(policy, "old") else now.detach()
-        base = self._belief(policy, view, "reference")
-        weight = self._clipped(view.advantage) / self.temperature + self.consistency
+        old = self._belief_of("old", policy, view) if has_moved(policy, "old") else now.detach()
+        base = self._belief_of("reference", policy, view)
+        weight = self._clipped(view.advantage) / self.temperature
         target = base + _spread(weight) * (view.x0 - old)
         cost = torch.zeros_like(weight)
         for point in view.points:
-            gap = self._belief(policy, point.view, "old") - self._belief(policy, point.view, "reference")
+            gap = self._belief_of("old", policy, point.view) - self._belief_of("reference", policy, point.view)
             here = point.half_snr * _square(gap)
             target = target - _spread(here - point.half_snr * point.ratio**2 * _square(old - base)) * (
                 view.x0 - old + point.lean
@@ -107,10 +108,6 @@ class RAM(ForwardProcess):
             cost += here
         metrics = {"path_cost": cost} if view.points else {}
         return view.velocity_distance(now, target), metrics
-
-    def _belief(self, policy: Policy, view: Noised, name: str) -> Tensor:
-        with policy.acting_as(name):
-            return view.belief(policy, self.guidance)
 
 
 def _nearer(view: Noised, chunk: Rollout, key: tuple[int, int], stratum: int, strata: int) -> Nearer:

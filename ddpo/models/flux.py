@@ -74,6 +74,7 @@ class Flux(StableDiffusion):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
         self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
         side = SIDE if resolution is None else self._side(resolution)
         self.latent_shape = (self.network.config.in_channels // 4, side, side)
