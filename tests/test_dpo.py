@@ -94,8 +94,8 @@ def test_dpo_is_the_published_loss(kind):
     assert metrics["dpo/accuracy"].sum() == right and 0 < right < B
 
 
-def step_of(selves):
-    """A step taken, and its density under both selves from the published mean and variance of DDIM at eta 1."""
+def step_of(selves, actor="reference"):
+    """A step that this self took, its mean and density under each self, and std: the published ones of DDIM at eta 1."""
     then = selves.family.schedule.level(selves.t_next)
     a, s = (v.view(-1, 1, 1, 1) for v in then)
     std = s / selves.sigma * (selves.sigma**2 - (selves.alpha * s / a) ** 2).sqrt()
@@ -111,13 +111,11 @@ def step_of(selves):
             eps = x0 + out
         return a * x0 + (s**2 - std**2).sqrt() * eps
 
-    x_next = (mean(selves.outs["reference"]) + std * draw(4)).detach()
-    normal = torch.distributions.Normal
-    log_probs = {name: normal(mean(out), std).log_prob(x_next).mean((1, 2, 3)) for name, out in selves.outs.items()}
-    view = Transition(
-        selves.x, x_next, selves.t, selves.t_next, log_probs["reference"] - 0.5, d.DDIM(1.0), {}, torch.zeros(2 * B)
-    )
-    return view, log_probs
+    x_next = (mean(selves.outs[actor]) + std * draw(4)).detach()
+    means = {name: mean(out) for name, out in selves.outs.items()}
+    log_probs = {name: torch.distributions.Normal(mu, std).log_prob(x_next).mean((1, 2, 3)) for name, mu in means.items()}
+    view = Transition(selves.x, x_next, selves.t, selves.t_next, log_probs[actor] - 0.5, d.DDIM(1.0), {}, torch.zeros(2 * B))
+    return view, log_probs, means, std
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +124,7 @@ def test_d3po_is_the_published_loss(kind):
     selves, beta = Selves(kind), 3.0
     selves.t_next = selves.t - 4
     selves.outs["now"] = (selves.outs["reference"] + 0.02 * draw(5)).requires_grad_()
-    view, log_probs = step_of(selves)
+    view, log_probs, *_ = step_of(selves)
     ratio = (log_probs["now"] - log_probs["reference"]).exp()
     clip = (ratio - 1).abs().median().item() * 1.001
     loss, metrics = D3PO(beta=beta, clip=clip).loss(selves, Pair(view, torch.ones(B)))
@@ -147,7 +145,7 @@ def test_at_the_base_model_the_better_picture_is_learned_and_the_worse_unlearned
     torch.testing.assert_close(got, 8.0 / 4 * torch.cat([fine_tuning[:B], -fine_tuning[B:]]), rtol=1e-6, atol=1e-9)
 
     selves.t_next = selves.t - 4
-    view, log_probs = step_of(selves)
+    view, log_probs, *_ = step_of(selves)
     view.log_prob = log_probs["now"].detach()
     loss, metrics = D3PO(beta=8.0).loss(selves, Pair(view, torch.ones(B)))
     assert metrics["log_ratio"].abs().max() < 1e-12 and (metrics["clip_fraction"] == 0).all()

@@ -1,17 +1,23 @@
-"""The forward-process losses against their papers' formulas in what the network itself says, for eps, v and a flow's velocity.
+"""The losses against their papers' formulas in what the network itself says, for eps, v and a flow's velocity.
 
-tests/test_forward.py, test_elbo.py and test_sampler.py look at beliefs. Here nothing is taken from the code under test: a network's
-output is turned into the paper's velocity by the parameterisation's own identity, in float64, and the gradient is the output's.
+tests/test_forward.py, test_elbo.py and test_sampler.py look at beliefs, test_grpo.py at one parameterisation. Here nothing is taken from
+the code under test: a network's output is turned into the paper's velocity, or into the mean of a step, by the parameterisation's own
+identity, in float64, and the gradient is the output's.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ddpo.algorithms.ddpo import DDPO, ScoreFunction
+from ddpo.algorithms.dpok import DPOK
 from ddpo.algorithms.elbo import EPG
 from ddpo.algorithms.forward import AWM, NFT, RAFT, RWR
+from ddpo.algorithms.grpo import FlowDPPO, GRPOGuard
 from ddpo.algorithms.ram import RAM, Bridged
 from tests import test_dpo
-from tests.test_dpo import KINDS, agree, draw
+from tests.test_dpo import KINDS, agree, draw, step_of
 from tests.test_forward import mean
 
 ADVANTAGE = torch.tensor([1.0, -2.0, 0.5, 7.0, -7.0, 0.0, 3.0, -0.1, 1.5, -4.0], dtype=torch.float64)
@@ -94,3 +100,69 @@ def test_the_loss_is_the_papers_in_the_networks_own_output(name, kind):
     algorithm, formula = PUBLISHED[name]
     loss, _ = algorithm.loss(selves, selves.view)
     agree(loss, formula(selves, ADVANTAGE), selves.outs["now"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same for what looks at steps
+
+
+class Step:
+    """One that was taken by the self "old", from which the present one has moved a little, in the papers' quantities."""
+
+    def __init__(self, kind):
+        self.selves = Selves(kind)
+        self.selves.t_next = self.selves.t - 4
+        outs = self.selves.outs
+        outs["now"] = (outs["old"] + 0.02 * draw(6)).requires_grad_()
+        self.view, logs, self.means, self.std = step_of(self.selves, "old")
+        self.view.log_prob, self.view.advantage = logs["old"].detach(), ADVANTAGE
+        self.log_rho, self.a = logs["now"] - logs["old"], ADVANTAGE.clamp(-5, 5)
+        s, s_next = self.flow_time(self.selves.t), self.flow_time(self.selves.t_next)
+        self.dt = s - s_next
+
+    def flow_time(self, t):
+        level = self.selves.family.schedule.level(t)
+        return level.sigma / (level.alpha + level.sigma)
+
+    def kl(self, name):
+        return ((self.means["now"] - self.means[name]) ** 2 / (2 * self.std**2)).mean((1, 2, 3))
+
+
+def score_function(s):
+    return ScoreFunction(kl=0.3), -s.a * s.log_rho + 0.3 * s.kl("reference")
+
+
+def ppo(s, algorithm, ratio):
+    clip = (ratio - 1).abs().median().item() * 1.0001  # some ratios are outside of it
+    return algorithm(clip=clip), -torch.minimum(s.a * ratio, s.a * ratio.clamp(1 - clip, 1 + clip))
+
+
+def ddpo(s):
+    return ppo(s, DDPO, s.log_rho.exp())
+
+
+def dpok(s):
+    algorithm, loss = ppo(s, DPOK, s.log_rho.exp())
+    return replace(algorithm, kl=0.2), loss + 0.2 * s.kl("reference")
+
+
+def guard(s):
+    algorithm, loss = ppo(s, GRPOGuard, (s.std.flatten() * (s.log_rho + s.kl("old"))).exp())
+    return algorithm, loss / s.dt
+
+
+def dppo(s):
+    delta = s.kl("old").median().item() * 1.0001
+    stopped = (s.a * (s.log_rho.exp() - 1) > 0) & (s.kl("old") > delta)
+    return FlowDPPO(delta=delta), -s.a * s.log_rho.exp() * ~stopped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("published", [score_function, ddpo, dpok, guard, dppo], ids=lambda f: f.__name__)
+def test_the_loss_of_a_step_is_the_papers_in_the_networks_own_output(published, kind):
+    step = Step(kind)
+    algorithm, wanted = published(step)
+    loss, metrics = algorithm.loss(step.selves, step.view)
+    agree(loss, wanted, step.selves.outs["now"])
+    if published is not score_function:
+        assert 0 < metrics["clip_fraction"].mean() < 1
