@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ BUILT_IN = {"menagerie": _SHIPPED / "weights", "menagerie-flow": _SHIPPED / "wei
 class Networks(ABC):
     """The denoiser and its helpers, on a device."""
 
-    network: nn.Module
+    network: Any
+    vae: Any
     lora_prefix: str  # also the folder of its weights
     dtype: torch.dtype
     offload: bool
@@ -32,11 +33,15 @@ class Networks(ABC):
         """All networks but the denoiser."""
 
     @abstractmethod
-    def _load(self, path: str | Path, revision: str | None) -> Any:
-        """Set the networks and the tokenizers; returns the scheduler's config."""
+    def _open(self, path: str | Path, revision: str | None) -> Any:
+        """diffusers' pipeline of a folder or hub id."""
 
-    def load(self, path: str, revision: str | None) -> Any:
-        """The same of a folder, a hub id, or a built-in model.
+    @abstractmethod
+    def _take(self, pipe: Any) -> None:
+        """Set the networks from a pipeline's parts."""
+
+    def load(self, path: str, revision: str | None, gradient_checkpointing: bool) -> Any:
+        """Set the networks, frozen, from a folder, a hub id, or a built-in model; returns the scheduler's config.
 
         Raises:
             UnusableModel: its files are not there, or damaged.
@@ -45,9 +50,17 @@ class Networks(ABC):
         place = BUILT_IN.get(path, path)
         with told(place):
             require_usable(place, tuple(BUILT_IN))
-            schedule = self._load(place, revision)
+            _quiet()
+            pipe = self._open(place, revision)
+            self._take(pipe)
             require_all(place, self.lora_prefix, self.network)
-        return schedule
+        for module in (self.network, *self.helpers):
+            module.eval().requires_grad_(False)
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
+        self.device = next(self.network.parameters()).device
+        return pipe.scheduler.config
 
     @property
     @abstractmethod
@@ -78,16 +91,6 @@ class Networks(ABC):
         return _visit(module.to(self.device), self.offload)
 
 
-class OnMeta:
-    """Of an outline, before the family in its bases: its networks are on torch's meta device."""
-
-    def _half(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext()  # the meta device has no autocast; whoever walks through an outline sees to it
-
-    def _at_work(self, module: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()  # there is nothing to move
-
-
 @contextmanager
 def _visit(module: nn.Module, offload: bool) -> Iterator[None]:
     """Where a gradient is wanted, the module stays until it is next called without: the graph holds on to weights where they are."""
@@ -98,7 +101,7 @@ def _visit(module: nn.Module, offload: bool) -> Iterator[None]:
             module.to("cpu")
 
 
-def quiet() -> None:
+def _quiet() -> None:
     """No progress bars while loading: the parts of one model need none of their own."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ddpo.diffusion import from_velocity
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES, OnMeta, quiet
-from ddpo.models._kind import refuse_other_family, refuse_other_schedule
-from ddpo.models.sd import StableDiffusion
-from ddpo.models.sd3 import CLIPS, T5, VAE
+from ddpo.models._common import DTYPES
+from ddpo.models._kind import refuse_other_schedule
+from ddpo.models._outline import OnMeta
+from ddpo.models.sd import TEXT, VAE, StableDiffusion
+from ddpo.models.sd3 import SIXTEEN, T5
 from ddpo.schedule import FlowMatching
 
 SIDE = 128  # of FluxPipeline's own latents; the network's config does not say
@@ -55,7 +56,6 @@ class Flux(StableDiffusion):
     outline: ClassVar[type["Flux"]]
 
     text_encoder_2: Any  # T5
-    pipe: Any  # diffusers' pipeline, for its encode_prompt
 
     def __init__(
         self,
@@ -69,28 +69,22 @@ class Flux(StableDiffusion):
         offload: bool = False,
     ):
         self.source, self.dtype, self.offload, self._tokens = path, DTYPES[dtype], offload, max_sequence_length
-        schedule, self.interpret = self.load(path, revision), from_velocity
-        for module in (self.network, *self.helpers):
-            module.eval().requires_grad_(False)
-        if gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
-        self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
+        schedule, self.interpret = self.load(path, revision, gradient_checkpointing), from_velocity
         side = SIDE if resolution is None else self._side(resolution)
         self.latent_shape = (self.network.config.in_channels // 4, side, side)
         self.schedule = _schedule(path, schedule, (side // 2) ** 2)
         self._guidance = self._told(path, embedded_guidance)
-        self.device = next(self.network.parameters()).device
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def _open(self, path: str | Path, revision: str | None) -> Any:
         from diffusers import FluxPipeline
 
-        refuse_other_family(path, revision, self.pipeline)
-        quiet()
-        self.pipe = FluxPipeline.from_pretrained(path, revision=revision, dtype=self.dtype, use_safetensors=True)
-        self.network, self.vae = self.pipe.transformer, self.pipe.vae
-        self.text_encoder, self.text_encoder_2 = self.pipe.text_encoder, self.pipe.text_encoder_2
-        return self.pipe.scheduler.config
+        self._refuse_other(path, revision)
+        return FluxPipeline.from_pretrained(path, revision=revision, dtype=self.dtype, use_safetensors=True)
+
+    def _take(self, pipe: Any) -> None:
+        self.pipe, self.network, self.vae = pipe, pipe.transformer, pipe.vae
+        self.text_encoder, self.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
+        self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
 
     def _side(self, resolution: int) -> int:
         """Of the latent, of pictures of this many pixels."""
@@ -163,30 +157,17 @@ def _schedule(path: str, config: Any, tokens: int) -> FlowMatching:
 
 
 class _Outline(OnMeta, Flux):
-    """The same model without its numbers, from the configs that are on this machine, or else in FLUX.1-dev's sizes."""
+    """The same model without its numbers; where its configs are not on this machine, in FLUX.1-dev's sizes."""
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def published(self) -> dict[str, tuple[Any, dict[str, Any]]]:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+        from transformers import CLIPTextModel, T5EncoderModel
 
-        network, vae, schedule = {"guidance_embeds": True}, VAE | SCALE, SCHEDULE
-        clip, t5 = CLIPTextConfig(**CLIPS[0]), T5Config(**T5)
-        here: dict[str, Any] = {"revision": revision, "local_files_only": True}
-        try:
-            refuse_other_family(path, revision, self.pipeline, local_files_only=True)
-            schedule = FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler", **here)
-            network = FluxTransformer2DModel.load_config(path, subfolder="transformer", **here)
-            vae = AutoencoderKL.load_config(path, subfolder="vae", **here)
-            clip = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder", **here)
-            t5 = T5Config.from_pretrained(path, subfolder="text_encoder_2", **here)
-        except OSError:
-            self.assumed = True
-        with torch.device("meta"):
-            self.network, self.vae = FluxTransformer2DModel.from_config(network), AutoencoderKL.from_config(vae)
-            self.text_encoder, self.text_encoder_2 = CLIPTextModel(clip), T5EncoderModel(t5)
-        for part in (self.network, *self.helpers):
-            nn.Module.to(part, self.dtype)
-        return schedule
+        return {
+            "transformer": (FluxTransformer2DModel, {"guidance_embeds": True}), "vae": (AutoencoderKL, VAE | SIXTEEN | SCALE),
+            "text_encoder": (CLIPTextModel, TEXT), "text_encoder_2": (T5EncoderModel, T5),
+            "scheduler": (FlowMatchEulerDiscreteScheduler, SCHEDULE),
+        }  # fmt: skip
 
     def encode(self, prompts: list[str]) -> Cond:
         rows, sizes = len(prompts), self.network.config

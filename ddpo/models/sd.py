@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpo.diffusion import from_eps, from_v
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES, Networks, OnMeta, quiet
+from ddpo.models._common import DTYPES, Networks
 from ddpo.models._kind import refuse_other_family
+from ddpo.models._outline import OnMeta
 from ddpo.schedule import Schedule, VariancePreserving
 
 
@@ -37,11 +38,9 @@ class StableDiffusion(Networks):
     assumed = False
     outline: ClassVar[type["StableDiffusion"]]
 
-    network: Any  # UNet2DConditionModel
     schedule: Schedule
-    vae: Any
     text_encoder: Any
-    tokenizer: Any
+    pipe: Any  # diffusers' pipeline, for its tokenizers and its encode_prompt
 
     def __init__(
         self,
@@ -55,13 +54,7 @@ class StableDiffusion(Networks):
         from diffusers import DDIMScheduler  # here: it takes seconds, and a typo should not
 
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
-        schedule = self.load(path, revision)
-        for module in (self.network, *self.helpers):
-            module.eval().requires_grad_(False)
-        if gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
-        noise = DDIMScheduler.from_config(schedule)
+        noise = DDIMScheduler.from_config(self.load(path, revision, gradient_checkpointing))
         if noise.config.prediction_type not in PREDICTIONS:
             raise ValueError(f"{path} predicts {noise.config.prediction_type!r}; known are {', '.join(PREDICTIONS)}")
         if noise.config.timestep_spacing not in ("leading", "trailing"):
@@ -78,19 +71,25 @@ class StableDiffusion(Networks):
         if resolution is not None and resolution % factor:
             raise ValueError(f"resolution is {resolution}; it must be a multiple of {factor}")
         self.latent_shape = (self.network.config.in_channels, side, side)
-        self.device = next(self.network.parameters()).device
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
-        """Set the networks and the tokenizer; returns the scheduler's config."""
+    def _open(self, path: str | Path, revision: str | None) -> Any:
         from diffusers import StableDiffusionPipeline
 
-        refuse_other_family(path, revision, self.pipeline)
-        quiet()
-        pipe = StableDiffusionPipeline.from_pretrained(
+        self._refuse_other(path, revision)
+        return StableDiffusionPipeline.from_pretrained(
             path, revision=revision, dtype=self.dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
         )  # fmt: skip
-        self.network, self.vae, self.text_encoder, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
-        return pipe.scheduler.config
+
+    def _take(self, pipe: Any) -> None:
+        self.pipe, self.network, self.vae, self.text_encoder = pipe, pipe.unet, pipe.vae, pipe.text_encoder
+
+    def _refuse_other(self, path: str | Path, revision: str | None, local_files_only: bool = False) -> None:
+        """Raises ValueError where the model is another family's; OSError where it is not."""
+        refuse_other_family(path, revision, self.pipeline, local_files_only)
+
+    def _place(self, part: str, path: str | Path, revision: str | None) -> dict[str, Any]:
+        """Where a part of the pipeline is read from, as `from_pretrained` takes it."""
+        return {"pretrained_model_name_or_path": path, "subfolder": part, "revision": revision}
 
     @property
     def architecture(self) -> str:
@@ -104,14 +103,13 @@ class StableDiffusion(Networks):
 
     @property
     def reader(self) -> tuple[Any, int]:
-        return self.tokenizer, self.tokenizer.model_max_length
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
         """{"text": (B, tokens, width)}, the text encoder's last hidden state, as StableDiffusionPipeline computes it."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )  # fmt: skip
+        tokenizer, most = self.reader
+        tokens = tokenizer(prompts, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
         with self._at_work(self.text_encoder):
             return {"text": self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state}
 
@@ -155,39 +153,16 @@ class StableDiffusion(Networks):
 
 
 class _Outline(OnMeta, StableDiffusion):
-    """The same model without its numbers: networks on torch's meta device, built from the configs that are on this machine.
+    """The same model without its numbers; where its configs are not on this machine, in Stable Diffusion 1.5's sizes."""
 
-    Where there are none, because a hub id was not downloaded yet, the sizes are Stable Diffusion 1.5's, and `assumed` is true.
-    """
-
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def published(self) -> dict[str, tuple[Any, dict[str, Any]]]:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextModel
 
-        unet, vae = {"sample_size": 64, "cross_attention_dim": 768}, {
-            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        return {
+            "unet": (UNet2DConditionModel, UNET), "vae": (AutoencoderKL, VAE), "text_encoder": (CLIPTextModel, TEXT),
+            "scheduler": (DDIMScheduler, SCHEDULE),
         }  # fmt: skip
-        text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        schedule: Any = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
-        ).config  # fmt: skip
-        try:
-            refuse_other_family(path, revision, self.pipeline, local_files_only=True)
-            schedule = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision, local_files_only=True)
-            unet, vae = (
-                kind.load_config(path, subfolder=part, revision=revision, local_files_only=True)
-                for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-            )
-            text = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder", revision=revision, local_files_only=True)
-        except OSError:
-            self.assumed = True
-        with torch.device("meta"):
-            self.network, self.vae = UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
-            self.text_encoder = CLIPTextModel(text)
-        for part in (self.network, *self.helpers):
-            nn.Module.to(part, self.dtype)  # diffusers' own `to` warns, even where there is nothing to warn of
-        return schedule
 
     def encode(self, prompts: list[str]) -> Cond:
         sizes = self.text_encoder.config
@@ -198,3 +173,14 @@ class _Outline(OnMeta, StableDiffusion):
 
 StableDiffusion.outline = _Outline
 PREDICTIONS = {"epsilon": from_eps, "v_prediction": from_v}
+
+# Stable Diffusion 1.5, as far as it differs from the classes' defaults
+UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+TEXT: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ddpo.diffusion import from_velocity
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES, OnMeta, quiet
-from ddpo.models._kind import refuse_other_family, refuse_other_schedule
-from ddpo.models.sd import StableDiffusion
+from ddpo.models._common import DTYPES
+from ddpo.models._kind import refuse_other_schedule
+from ddpo.models._outline import OnMeta
+from ddpo.models.sd import TEXT, VAE, StableDiffusion
+from ddpo.models.sdxl import TEXT_2
 from ddpo.schedule import FlowMatching
 
 
@@ -41,7 +43,6 @@ class StableDiffusion3(StableDiffusion):
     outline: ClassVar[type["StableDiffusion3"]]
 
     text_encoders: list[Any]  # CLIP, CLIP and T5, as far as they are there
-    pipe: Any  # diffusers' pipeline, for its encode_prompt
 
     def __init__(
         self,
@@ -57,38 +58,33 @@ class StableDiffusion3(StableDiffusion):
         self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
         built_in = path == "menagerie-flow"
         self._with_t5, self._tokens = (False, 0) if built_in else (text_encoder_3, max_sequence_length)
-        self.schedule, self.interpret = _schedule(path, self.load(path, revision)), from_velocity
-        for module in (self.network, *self.helpers):
-            module.eval().requires_grad_(False)
-        if gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-            self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
-        self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
+        self.schedule = _schedule(path, self.load(path, revision, gradient_checkpointing))
+        self.interpret = from_velocity
         sizes = self.network.config
         side = sizes.sample_size if resolution is None else self._side(resolution)
         self.latent_shape = (sizes.in_channels, side, side)
         self.lora_targets = _attention(sizes.num_layers)
-        self.device = next(self.network.parameters()).device
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def _open(self, path: str | Path, revision: str | None) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
         self._refuse_other(path, revision)
-        quiet()
         without: dict[str, Any] = {} if self._with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        self.pipe = StableDiffusion3Pipeline.from_pretrained(
+        return StableDiffusion3Pipeline.from_pretrained(
             path, revision=revision, dtype=self.dtype, use_safetensors=True, **without
         )
-        self.network, self.vae = self.pipe.transformer, self.pipe.vae
-        encoders = self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3
+
+    def _take(self, pipe: Any) -> None:
+        self.pipe, self.network, self.vae = pipe, pipe.transformer, pipe.vae
+        encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
         self.text_encoders = [e for e in encoders if e is not None]
-        return self.pipe.scheduler.config
+        self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
 
     def _refuse_other(self, path: str | Path, revision: str | None, local_files_only: bool = False) -> None:
         """Raises ValueError where the model is another family's, or lacks the T5 that is asked for; OSError where it is not."""
         from diffusers import StableDiffusion3Pipeline
 
-        refuse_other_family(path, revision, self.pipeline, local_files_only)
+        super()._refuse_other(path, revision, local_files_only)
         parts = StableDiffusion3Pipeline.load_config(path, revision=revision, local_files_only=local_files_only)
         if self._with_t5 and parts["text_encoder_3"][0] is None:
             raise ValueError(f"{path} was saved without its third text encoder: set model.text_encoder_3=false")
@@ -148,33 +144,19 @@ def _attention(blocks: int) -> list[str]:
 
 
 class _Outline(OnMeta, StableDiffusion3):
-    """The same model without its numbers, from the configs that are on this machine, or else in SD 3.5 medium's sizes."""
+    """The same model without its numbers; where its configs are not on this machine, in SD 3.5 medium's sizes."""
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def published(self) -> dict[str, tuple[Any, dict[str, Any]]]:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        network, vae, schedule = TRANSFORMER, VAE, SCHEDULE
-        clips, t5 = [CLIPTextConfig(**c) for c in CLIPS], T5Config(**T5)
-        here: dict[str, Any] = {"revision": revision, "local_files_only": True}
-        try:
-            self._refuse_other(path, revision, local_files_only=True)
-            schedule = FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler", **here)
-            network = SD3Transformer2DModel.load_config(path, subfolder="transformer", **here)
-            vae = AutoencoderKL.load_config(path, subfolder="vae", **here)
-            clips = [CLIPTextConfig.from_pretrained(path, subfolder=p, **here) for p in ("text_encoder", "text_encoder_2")]
-            if self._with_t5:
-                t5 = T5Config.from_pretrained(path, subfolder="text_encoder_3", **here)
-        except OSError:
-            self.assumed = True
-        with torch.device("meta"):
-            self.network, self.vae = SD3Transformer2DModel.from_config(network), AutoencoderKL.from_config(vae)
-            self.text_encoders = [CLIPTextModelWithProjection(c) for c in clips]
-            if self._with_t5:
-                self.text_encoders.append(T5EncoderModel(t5))
-        for part in (self.network, *self.helpers):
-            nn.Module.to(part, self.dtype)
-        return schedule
+        parts: dict[str, tuple[Any, dict[str, Any]]] = {
+            "transformer": (SD3Transformer2DModel, TRANSFORMER), "vae": (AutoencoderKL, VAE | SIXTEEN),
+            "text_encoder": (CLIPTextModelWithProjection, TEXT | {"projection_dim": 768}),
+            "text_encoder_2": (CLIPTextModelWithProjection, TEXT_2), "text_encoder_3": (T5EncoderModel, T5),
+            "scheduler": (FlowMatchEulerDiscreteScheduler, SCHEDULE),
+        }  # fmt: skip
+        return parts if self._with_t5 else {name: part for name, part in parts.items() if name != "text_encoder_3"}
 
     def encode(self, prompts: list[str]) -> Cond:
         sizes, tokens = self.network.config, self.text_encoders[0].config.max_position_embeddings + self._tokens
@@ -185,23 +167,15 @@ class _Outline(OnMeta, StableDiffusion3):
 
 StableDiffusion3.outline = _Outline
 
-# Stable Diffusion 3.5 medium, as far as it differs from the classes' defaults
+# Stable Diffusion 3.5 medium, as far as it differs from the classes' defaults and from its forerunners
 TRANSFORMER: dict[str, Any] = {
     "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
     "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
 }  # fmt: skip
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024,
+SIXTEEN: dict[str, Any] = {
+    "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False,
+    "sample_size": 1024,
 }  # fmt: skip
-CLIPS: list[dict[str, Any]] = [
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768},
-    {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-]  # fmt: skip
 T5: dict[str, Any] = {
     "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
     "vocab_size": 32128,

@@ -8,9 +8,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from ddpo.models import Cond
-from ddpo.models._common import OnMeta, quiet
-from ddpo.models._kind import refuse_other_family
-from ddpo.models.sd import StableDiffusion
+from ddpo.models._outline import OnMeta
+from ddpo.models.sd import SCHEDULE, TEXT, VAE, StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -35,7 +34,6 @@ class StableDiffusionXL(StableDiffusion):
     outline: ClassVar[type["StableDiffusionXL"]]
 
     text_encoder_2: Any
-    pipe: Any  # diffusers' pipeline, for its encode_prompt
 
     def __init__(
         self,
@@ -53,26 +51,27 @@ class StableDiffusionXL(StableDiffusion):
         height, width = (factor * side for side in self.latent_shape[1:])
         self._time_ids = [height, width, 0, 0, height, width]  # original size, top and left of the crop, target size
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def _open(self, path: str | Path, revision: str | None) -> Any:
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-        refuse_other_family(path, revision, self.pipeline)
-        quiet()
-        self.vae = AutoencoderKL.from_pretrained(**self._vae_place(path, revision), use_safetensors=True)
+        self._refuse_other(path, revision)
+        vae = AutoencoderKL.from_pretrained(**self._place("vae", path, revision), use_safetensors=True)
+        return StableDiffusionXLPipeline.from_pretrained(
+            path, revision=revision, vae=vae, dtype=self.dtype, use_safetensors=True, add_watermarker=False
+        )
+
+    def _take(self, pipe: Any) -> None:
+        super()._take(pipe)
+        self.text_encoder_2 = pipe.text_encoder_2
+        if self.text_encoder is None or self.text_encoder_2 is None:
+            raise ValueError(f"{self.source} lacks a text encoder; this family needs both")
         nn.Module.to(self.vae, self._vae_dtype())  # from float32, not by way of half precision
         self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
-        self.pipe = StableDiffusionXLPipeline.from_pretrained(
-            path, revision=revision, vae=self.vae, dtype=self.dtype, use_safetensors=True, add_watermarker=False
-        )
-        self.network, self.text_encoder, self.text_encoder_2 = self.pipe.unet, self.pipe.text_encoder, self.pipe.text_encoder_2
-        if self.text_encoder is None or self.text_encoder_2 is None:
-            raise ValueError(f"{path} lacks a text encoder; this family needs both")
-        return self.pipe.scheduler.config
 
-    def _vae_place(self, path: str | Path, revision: str | None) -> dict[str, Any]:
-        if self._other_vae:
+    def _place(self, part: str, path: str | Path, revision: str | None) -> dict[str, Any]:
+        if part == "vae" and self._other_vae:
             return {"pretrained_model_name_or_path": self._other_vae}
-        return {"pretrained_model_name_or_path": path, "subfolder": "vae", "revision": revision}
+        return super()._place(part, path, revision)
 
     def _vae_dtype(self) -> torch.dtype:
         return torch.float32 if self.vae.config.force_upcast else self.dtype
@@ -121,29 +120,16 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class _Outline(OnMeta, StableDiffusionXL):
-    """The same model without its numbers, from the configs that are on this machine, or else in SDXL base 1.0's sizes."""
+    """The same model without its numbers; where its configs are not on this machine, in SDXL base 1.0's sizes."""
 
-    def _load(self, path: str | Path, revision: str | None) -> Any:
+    def published(self) -> dict[str, tuple[Any, dict[str, Any]]]:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        unet, vae, texts, schedule = UNET, VAE, [CLIPTextConfig(**t) for t in TEXTS], dict(SCHEDULE)
-        here: dict[str, Any] = {"revision": revision, "local_files_only": True}
-        try:
-            refuse_other_family(path, revision, self.pipeline, local_files_only=True)
-            schedule = DDIMScheduler.load_config(path, subfolder="scheduler", **here)
-            unet = UNet2DConditionModel.load_config(path, subfolder="unet", **here)
-            vae = AutoencoderKL.load_config(**self._vae_place(path, revision), local_files_only=True)
-            texts = [CLIPTextConfig.from_pretrained(path, subfolder=p, **here) for p in ("text_encoder", "text_encoder_2")]
-        except OSError:
-            self.assumed = True
-        with torch.device("meta"):
-            self.network, self.vae = UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
-            self.text_encoder, self.text_encoder_2 = CLIPTextModel(texts[0]), CLIPTextModelWithProjection(texts[1])
-        self.vae.enable_slicing()
-        for part in (self.network, *self.helpers):
-            nn.Module.to(part, self._vae_dtype() if part is self.vae else self.dtype)
-        return schedule
+        return {
+            "unet": (UNet2DConditionModel, UNET), "vae": (AutoencoderKL, VAE | FORCED), "text_encoder": (CLIPTextModel, TEXT),
+            "text_encoder_2": (CLIPTextModelWithProjection, TEXT_2), "scheduler": (DDIMScheduler, SCHEDULE | LEADING),
+        }  # fmt: skip
 
     def encode(self, prompts: list[str]) -> Cond:
         first, second = self.text_encoder.config, self.text_encoder_2.config
@@ -156,7 +142,7 @@ class _Outline(OnMeta, StableDiffusionXL):
 
 StableDiffusionXL.outline = _Outline
 
-# SDXL base 1.0, as far as it differs from the classes' defaults
+# SDXL base 1.0, as far as it differs from the classes' defaults and from Stable Diffusion 1.5
 UNET: dict[str, Any] = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -164,18 +150,9 @@ UNET: dict[str, Any] = {
     "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True,
+FORCED: dict[str, Any] = {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True}
+TEXT_2: dict[str, Any] = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+    "hidden_act": "gelu",
 }  # fmt: skip
-TEXTS: list[dict[str, Any]] = [
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-]  # fmt: skip
-SCHEDULE: dict[str, Any] = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1,
-    "timestep_spacing": "leading",
-}  # fmt: skip
+LEADING: dict[str, Any] = {"timestep_spacing": "leading"}

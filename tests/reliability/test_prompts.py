@@ -90,7 +90,7 @@ def test_what_a_file_says_is_shown_and_not_obeyed(folder):
 
 def test_prompts_beyond_the_tokenizer_are_told_once_with_their_number(tiny):
     family = StableDiffusion(str(tiny), dtype="float32")
-    most = family.tokenizer.model_max_length
+    most = family.reader[1]
     fits, long = " ".join(["cat"] * (most - 2)), " ".join(["cat"] * (most - 1))  # with the marks of beginning and end
     assert family.unread(["a cat", fits]) is None
     said = family.unread(["a cat", long, f"{long} owl"])
