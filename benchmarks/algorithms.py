@@ -15,7 +15,6 @@ and cost.png into the folder.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -26,14 +25,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Literal
+
+import algorithms_report as report
 
 RATES, SEARCH_SEED, SEEDS = (1e-2, 3e-3, 1e-3, 3e-4), 100, (0, 1, 2)
 ITERATIONS, SEARCH_ITERATIONS = 8, 8
 TIMED = 4  # iterations; the first, in which the machine warms up, does not count
 DISTANCE = "distance.json"
-GOAL = 0.02  # of held-out CLIP score, for "pictures and seconds to"
 MODELS = {
     "eps": ["model={name: sd, path: menagerie}"],
     "flow": ["model={name: sd3, path: menagerie-flow}"],
@@ -136,6 +136,10 @@ class Job:
     def evaluations(self, root: Path) -> list[dict]:
         return [line for line in self.lines(root) if "eval/win_rate" in line]
 
+    def gain(self, root: Path) -> float:
+        """Of its end, in held-out CLIP score."""
+        return self.evaluations(root)[-1]["eval/clip/delta"]
+
     def curve(self, root: Path) -> list[dict]:
         """The evaluations, each with the seconds of drawing, scoring and learning that it takes to get there."""
         pace = clock(self.model, self.method, self.iterations).seconds(root)
@@ -192,6 +196,18 @@ def _told(line: dict) -> str:
     return f"CLIP {line['eval/clip/delta']:+.4f}, rules {line['eval/scene/delta']:+.3f}"
 
 
+def searched(root: Path, model: str, method: str, rates: Sequence[float]) -> dict[float, float]:
+    """{learning rate: held-out gain}, of those that the search tried, and that did not fall apart (NaN)."""
+    jobs = [Job(model, method, rate, SEARCH_SEED, SEARCH_ITERATIONS) for rate in rates]
+    gains = {job.rate: job.gain(root) for job in jobs if _finished(job.folder(root))}
+    return {rate: gain for rate, gain in gains.items() if math.isfinite(gain)}
+
+
+def found(root: Path, model: str, method: str, rate: float, seeds: Sequence[int], iterations: int) -> report.Found:
+    jobs = [Job(model, method, rate, seed, iterations) for seed in seeds]
+    return report.Found(rate, [job.curve(root) for job in jobs], [job.distance(root) for job in jobs])
+
+
 def search(root: Path, model: str, method: str, rates: Sequence[float]) -> float:
     """The learning rate to take; a single one is taken as it is. A run that fell apart (NaN) is worse than any."""
     chosen, highest = rates[0], -math.inf
@@ -200,108 +216,12 @@ def search(root: Path, model: str, method: str, rates: Sequence[float]) -> float
     for rate in rates:
         job = Job(model, method, rate, SEARCH_SEED, SEARCH_ITERATIONS)
         job.run(root)
-        gain = job.evaluations(root)[-1]["eval/clip/delta"]
+        gain = job.gain(root)
         if gain < highest:
             break
         if gain > highest:
             chosen, highest = rate, gain
     return chosen
-
-
-def search_table(root: Path, model: str, methods: Sequence[str], rates: Sequence[float]) -> str:
-    """Markdown: the held-out gain at each learning rate that was tried, the best method first."""
-    rows = []
-    for method in methods:
-        jobs = [Job(model, method, rate, SEARCH_SEED, SEARCH_ITERATIONS) for rate in rates]
-        gains = [job.evaluations(root)[-1]["eval/clip/delta"] if _finished(job.folder(root)) else math.nan for job in jobs]
-        told = ["" if math.isnan(gain) else f"{gain:+.3f}" for gain in gains]
-        known = [gain for gain in gains if not math.isnan(gain)]
-        rows.append((-max(known, default=-math.inf), f"| {method} | {' | '.join(told)} |"))
-    head = (f"| learning rate | {' | '.join(f'{rate:g}' for rate in rates)} |", "|" + "---|" * (len(rates) + 1))
-    return "\n".join([*head, *(row for _, row in sorted(rows))]) + "\n"
-
-
-def at(curve: list[dict], axis: str, where: float, key: str) -> float:
-    """A metric at a point of the curve, on the straight line between its neighbours; NaN past its end."""
-    for before, after in itertools.pairwise(curve):
-        if before[axis] <= where <= after[axis]:
-            share = (where - before[axis]) / (after[axis] - before[axis])
-            return before[key] + share * (after[key] - before[key])
-    return math.nan
-
-
-def reached(curve: list[dict], axis: str, goal: float) -> float:
-    """Where the held-out gain first reaches the goal; infinity where it never does."""
-    for before, after in itertools.pairwise(curve):
-        low, high = before["eval/clip/delta"], after["eval/clip/delta"]
-        if low < goal <= high:
-            return before[axis] + (goal - low) / (high - low) * (after[axis] - before[axis])
-    return math.inf
-
-
-def table(root: Path, model: str, rates: dict[str, float], seeds: tuple[int, ...], iterations: int) -> str:
-    """Markdown, the best first: each figure is a mean over the seeds with the lowest and the highest."""
-    jobs = {m: [Job(model, m, rate, seed, iterations) for seed in seeds] for m, rate in rates.items()}
-    curves = {m: [job.curve(root) for job in runs] for m, runs in jobs.items()}
-    shortest = min(curve[-1]["spent"] for runs in curves.values() for curve in runs)
-    rows = []
-    for method, runs in curves.items():
-        ends = [curve[-1] for curve in runs]
-        rows.append((
-            -mean(e["eval/clip/delta"] for e in ends), method, f"{rates[method]:g}",
-            spread([e["eval/clip/delta"] for e in ends], "+.3f"),
-            spread([at(c, "spent", shortest, "eval/clip/delta") for c in runs], "+.3f"),
-            spread([e["eval/scene/delta"] for e in ends], "+.3f"),
-            spread([e["eval/diversity/tuned"] / e["eval/diversity/base"] - 1 for e in ends], "+.0%"),
-            spread([job.distance(root) for job in jobs[method]], ".2g"), spread([reached(c, "images", GOAL) for c in runs], ",.0f"),
-            spread([reached(c, "spent", GOAL) for c in runs], ",.0f"), spread([e["spent"] for e in ends], ",.0f"),
-        ))  # fmt: skip
-    head = (
-        f"| method | lr | CLIP score | after {shortest:.0f} s | rules | diversity | KL | images to +{GOAL} | seconds to it | seconds |",
-        "|" + "---|" * 10,
-    )
-    return "\n".join([*head, *("| " + " | ".join(row[1:]) + " |" for row in sorted(rows))]) + "\n"
-
-
-def spread(values: list[float], form: str) -> str:
-    """ "mean (lowest .. highest)", or "never" for the runs that did not get there."""
-    known = [v for v in values if math.isfinite(v)]
-    if len(known) < len(values):
-        return "never" if not known else f"{len(known)} of {len(values)} runs: {mean(known):{form}}"
-    return f"{mean(known):{form}}" + (f" ({min(known):{form}} .. {max(known):{form}})" if len(known) > 1 else "")
-
-
-def draw(root: Path, rates: dict[str, dict[str, float]], seeds: tuple[int, ...], iterations: int) -> None:
-    """learning.png: held-out gain by pictures and by seconds. cost.png: by CLIP's gain, that of the rules, and diversity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    for name, axes_of in (
-        ("learning", [("images", "eval/clip/delta"), ("spent", "eval/clip/delta")]),
-        ("cost", [("eval/clip/delta", "eval/scene/delta"), ("eval/clip/delta", "eval/diversity/tuned")]),
-    ):
-        figure, axes = plt.subplots(len(rates), 2, figsize=(12, 4.5 * len(rates)), squeeze=False)
-        for row, (model, chosen) in zip(axes, rates.items(), strict=True):
-            for axis, (x, y) in zip(row, axes_of, strict=True):
-                for i, (method, rate) in enumerate(chosen.items()):
-                    runs = [Job(model, method, rate, seed, iterations).curve(root) for seed in seeds]
-                    points = [[(mean(line.get(k, 0.0) for line in lines)) for k in (x, y)] for lines in zip(*runs, strict=True)]
-                    style = ("-", "--", ":", "-.")[i // 10]
-                    axis.plot(*zip(*points, strict=True), style, label=method, marker=".", color=f"C{i % 10}")
-                axis.set(xlabel=LABELS[x], ylabel=LABELS[y], title=f"{model} menagerie, mean of {len(seeds)} seeds")
-                axis.grid(alpha=0.3)
-            row[-1].legend(fontsize=7, ncols=2)
-        figure.tight_layout()
-        figure.savefig(root / f"{name}.png", dpi=110)
-
-
-LABELS = {
-    "images": "pictures drawn", "spent": "seconds of drawing, scoring and learning", "eval/clip/delta": "held-out CLIP score, gain",
-    "eval/scene/delta": "rules, gain (never trained on)",
-    "eval/diversity/tuned": "diversity",
-}  # fmt: skip
 
 
 def main() -> None:
@@ -332,14 +252,17 @@ def main() -> None:
         list(pool.map(lambda job: job.run(args.root), runs))
         measure_distances(args.root, runs)
         list(pool.map(lambda cell: clock(*cell, iterations).run(args.root), grid))
+    models = {
+        model: {m: found(args.root, model, m, rate, seeds, iterations) for m, rate in rates[model].items()} for model in rates
+    }
     parts = []
-    for model in args.models:
-        parts += [model, table(args.root, model, rates[model], seeds, iterations)]
+    for model, methods in models.items():
+        parts += [model, report.table(methods)]
         if len(tried) > 1:
-            parts.append(search_table(args.root, model, args.methods, tried))
+            parts.append(report.search_table({m: searched(args.root, model, m, tried) for m in methods}))
     text = "\n".join(f"{part}\n" for part in parts)
     (args.root / "table.md").write_text(text)
-    draw(args.root, rates, seeds, iterations)
+    report.draw(args.root, models)
     print(text)
 
 

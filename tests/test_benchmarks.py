@@ -1,6 +1,5 @@
 """The comparison of algorithms: its recipes are valid, its figures are right, and it runs."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -14,9 +13,9 @@ from tests.command import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "algorithms.py"
-spec = importlib.util.spec_from_file_location("algorithms", FILE)
-algorithms = sys.modules["algorithms"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(algorithms)
+sys.path.insert(0, str(FILE.parent))
+import algorithms  # noqa: E402
+import algorithms_report as report  # noqa: E402
 
 
 @pytest.mark.parametrize("model", algorithms.MODELS)
@@ -36,10 +35,10 @@ CURVE = [{"images": i, "spent": s, "eval/clip/delta": d} for i, s, d in ((0, 0.0
 
 
 def test_points_of_a_curve_lie_on_its_lines():
-    assert algorithms.at(CURVE, "spent", 20.0, "eval/clip/delta") == pytest.approx(0.03)
-    assert algorithms.reached(CURVE, "images", 0.03) == pytest.approx(150)
-    assert algorithms.reached(CURVE, "spent", 0.01) == pytest.approx(5.0)
-    assert algorithms.reached(CURVE, "spent", 0.05) == math.inf and math.isnan(algorithms.at(CURVE, "spent", 31.0, "images"))
+    assert report.at(CURVE, "spent", 20.0, "eval/clip/delta") == pytest.approx(0.03)
+    assert report.reached(CURVE, "images", 0.03) == pytest.approx(150)
+    assert report.reached(CURVE, "spent", 0.01) == pytest.approx(5.0)
+    assert report.reached(CURVE, "spent", 0.05) == math.inf and math.isnan(report.at(CURVE, "spent", 31.0, "images"))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_learning_rates_are_tried_from_the_highest_down_until_one_is_worse(gains
     monkeypatch.setattr(algorithms.Job, "run", run)
     assert algorithms.search(tmp_path, "eps", "DDPO", algorithms.RATES) == chosen
     assert len(list((tmp_path / "eps").iterdir())) == tried
-    row = algorithms.search_table(tmp_path, "eps", ["DDPO"], algorithms.RATES).splitlines()[-1]
+    row = report.search_table({"DDPO": algorithms.searched(tmp_path, "eps", "DDPO", algorithms.RATES)}).splitlines()[-1]
     assert row.startswith("| DDPO |") and row.count("0.") == sum(math.isfinite(gain) for gain in gains[:tried])
 
 
