@@ -12,6 +12,7 @@ import torch
 
 from ddpo.algorithms.ddpo import DDPO, ScoreFunction
 from ddpo.algorithms.dpok import DPOK
+from ddpo.algorithms.efm import EFM
 from ddpo.algorithms.elbo import EPG
 from ddpo.algorithms.forward import AWM, NFT, RAFT, RWR
 from ddpo.algorithms.grpo import FlowDPPO, GRPOGuard
@@ -87,9 +88,16 @@ def ram(s, a):
     return mean((s.v_of("now") - target) ** 2)
 
 
+def efm(s, a):
+    weight, base = (a / 3).exp(), s.v_of("reference")
+    moved = s.v_of("now") - base
+    return weight * mean(moved**2) - 2 * (weight - 1) * mean(moved * (s.v - base))
+
+
 PUBLISHED = {
     "NFT": (NFT(beta=0.5, kl=0.2), nft), "AWM": (AWM(kl=0.0, proximal=2.0), awm), "RWR": (RWR(temperature=2.0, max_weight=3.0), rwr),
     "RAFT": (RAFT(), raft), "EPG": (EPG(kl=0.3), epg), "RAM": (RAM(temperature=3.0), ram),
+    "EFM": (EFM(temperature=3.0), efm),
 }  # fmt: skip
 
 

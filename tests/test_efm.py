@@ -1,0 +1,123 @@
+"""Energy-weighted flow matching: its fixed point is the tilted density, for the mixture of tests/test_sampler.py, and it gets there.
+
+pytest tests/test_efm.py
+"""
+
+import re
+
+import pytest
+import torch
+
+from ddpo import diffusion as d
+from ddpo.advantage import GroupRelative, LeaveOneOut
+from ddpo.algorithms.efm import EFM
+from ddpo.config import ConfigError
+from ddpo.experiment import read
+from ddpo.rollout import collect
+from tests.test_sampler import (
+    DDPM,
+    LOGITS,
+    MEANS,
+    REWARD_SPREAD,
+    SCHEDULES,
+    Mixture,
+    drawn,
+    energy_distance,
+    exact,
+    fast,
+    scored,
+    tilted,
+)
+
+BASE = (LOGITS, MEANS)
+
+
+class Probed(Mixture):
+    """A mixture whose belief may be pushed, to see where a loss would have it go."""
+
+    push = 0.0
+
+    def __call__(self, x, t, cond, guidance=None):
+        belief = super().__call__(x, t, cond, guidance)
+        return d.Prediction(belief.x0 + self.push, belief.eps)
+
+
+def pushes(s, schedule, *advantage, believed=None, n=20_000):
+    """The loss's gradient at a belief, the tilted density's or another's, against four features of x_t: means and standard errors."""
+    policy, g = Probed(BASE, schedule), torch.Generator().manual_seed(0)
+    policy.weights = dict(zip(policy.weights, believed or tilted(*BASE, s), strict=True))
+    found = []
+    with fast(g):
+        for view in EFM(temperature=1 / s).views(drawn(exact(n, BASE, g), schedule, *advantage), n, g):
+            policy.push = torch.zeros_like(view.x0, requires_grad=True)
+            loss, _ = EFM(temperature=1 / s).loss(policy, view)
+            (push,) = torch.autograd.grad(loss.sum(), policy.push)
+            push = (push[:, 0, 0, 0] * view.sigma**2).detach()
+            x = view.x[:, 0, 0, 0] / view.x[:, 0, 0, 0].std()
+            for feature in (torch.ones_like(x), x, (x > 0).float(), x**2):
+                found.append([(push * feature).mean(), (push * feature).std() / n**0.5])
+    return torch.tensor(found).T
+
+
+@SCHEDULES
+@pytest.mark.parametrize("s", [0.4, 0.8])
+def test_the_tilted_density_is_the_fixed_point(s, schedule):
+    off, error = pushes(s, schedule)
+    assert (off.abs() < 3.5 * error).all()
+    off, error = pushes(s, schedule, believed=BASE)
+    assert (off.abs() > 20 * error).any()
+
+
+def test_so_it_is_with_the_advantage_of_groups_of_eight():
+    """A mean that a reward is part of tilts an eighth too little."""
+    off, error = pushes(0.8, DDPM, LeaveOneOut())
+    assert (off.abs() < 3.5 * error).all()
+    off, error = pushes(0.8, DDPM, GroupRelative(scale="none"))
+    assert (off.abs() > 5 * error).any()
+
+
+def test_where_rewards_are_alike_the_base_model_is_left_exactly_as_it_is():
+    policy = Probed(BASE, DDPM)
+    rollout = drawn(exact(64, BASE, torch.Generator().manual_seed(0)), DDPM)
+    rollout.advantages = torch.zeros(64)
+    for view in EFM().views(rollout, 64, torch.Generator().manual_seed(0)):
+        policy.push = torch.zeros_like(view.x0, requires_grad=True)
+        loss, _ = EFM().loss(policy, view)
+        (push,) = torch.autograd.grad(loss.sum(), policy.push)
+        assert not push.any()
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("temperature", [2.0, 1.0])
+def test_the_tuned_policy_draws_the_tilted_density(temperature, seed):
+    """In units of the reward's spread; learned from what the base model draws, whose self acts."""
+    policy, g = Mixture(), torch.Generator().manual_seed(seed)
+    algorithm = EFM(temperature=temperature * REWARD_SPREAD)
+    optimizer = torch.optim.Adam(policy.weights.values(), 0.1)
+    with fast(g):
+        for iteration in range(ITERATIONS):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - iteration / ITERATIONS)
+            with policy.acting_as(algorithm.actor):
+                rollout = scored(collect(policy, ["a"] * ROWS, [(0, 0)] * ROWS, d.DDIM(0.0), 40, ROWS, False))
+            for view in algorithm.views(rollout, ROWS, g):
+                loss, _ = algorithm.loss(policy, view)
+                (loss.mean() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            samples = collect(policy, ["a"] * 1000, [(0, 0)] * 1000, d.DDIM(0.0), 100, 1000, False).latents.view(-1, 2)
+    truth, g = tilted(*BASE, 1 / algorithm.temperature), torch.Generator().manual_seed(1)
+    noise = max(energy_distance(exact(1000, truth, g), exact(1000, truth, g)) for _ in range(20))
+    distance = energy_distance(samples, exact(1000, truth, g))
+    print(f"temperature {temperature} seed {seed}: energy distance {distance:.4f}, of exact draws at most {noise:.4f}")
+    assert distance < noise
+
+
+ITERATIONS, ROWS = 150, 2048
+
+
+def test_what_changes_the_rewards_unit_is_refused():
+    words = ["algorithm={name: 'efm:EFM'}", "rollout.solver={name: 'diffusion:DDIM', eta: 0}"]
+    read("configs/menagerie_alignment.yaml", [*words, "advantage={name: 'advantage:LeaveOneOut'}"], 1)
+    with pytest.raises(ConfigError, match=re.escape("LeaveOneOut")):
+        read("configs/menagerie_alignment.yaml", [*words, "advantage={name: 'advantage:GroupRelative'}"], 1)
