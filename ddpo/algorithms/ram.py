@@ -63,6 +63,7 @@ class RAM(ForwardProcess):
     exact where the covariance does not change, as for Gaussians under linear rewards. In a mixture it stops short.
     A fixed point is not yet a road to it: a mode that is no longer drawn is not learned about. A strong tilt taken at once may lose
     modes before it has learned how far to go; `anneal` tilts slowly.
+    On pictures the path cost has run away, feeding on the noise of the weights (docs/algorithms.md); efm.py has no such loop.
 
     Rewards are in their own units, so advantages must be too: advantage: {name: "advantage:LeaveOneOut"}. Another scale would move
     as the policy does, and no density be sampled; GroupRelative with scale none samples that of lambda G / (G - 1), G the group's size.

@@ -5,6 +5,7 @@ pytest tests/reliability/test_kills.py -m weekly        500 runs
 """
 
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -94,12 +95,16 @@ def test_runs_killed_at_random_moments_end_bit_identical(config, whole, tmp_path
     digests, seconds = whole
     chance, kills = random.Random(runs), 0
     for number in range(runs):
-        run = Run(config, tmp_path / str(number))
-        kills += killed(run, [chance.uniform(0, seconds) for _ in range(chance.choice([1, 1, 2, 3]))])
+        moments = [chance.uniform(0, seconds) for _ in range(chance.choice([1, 1, 2, 3]))]
+        for tries in itertools.count():
+            run = Run(config, tmp_path / f"{number}-{tries}")
+            if met := killed(run, moments):
+                break
+            moments = [moment / 2 for moment in moments]  # the machine has become faster, and the run had ended
+        kills += met
         assert run.finish() == digests, f"run {number} ended otherwise"
         run.check_clean()
     print(f"{runs} runs, {kills} kills, {seconds:.1f} s a run that nobody kills")
-    assert kills > runs / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
