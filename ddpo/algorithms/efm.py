@@ -2,7 +2,7 @@
 
 The tilted density's belief is the mean of pictures that the base model draws, each with weight w = exp(r / lambda):
 
-    x0_theta(x_t)  =  E_base[ w x0 | x_t ] / E_base[ w | x_t ],    the rest of    E_base[ w |x0_theta - x0|^2 ].
+    x0_theta(x_t)  =  E_base[ w x0 | x_t ] / E_base[ w | x_t ],    which minimises    E_base[ w |x0_theta - x0|^2 ].
 
 That is exact for any r and lambda, on the DDPM schedule too, and there is nothing to run away: what is learned from does not depend on
 the policy, so its noise is not fed back, as it is with ram.py's path cost. The price is that a mode must be drawn by the base
@@ -33,7 +33,8 @@ class EFM(ForwardProcess):
     """Regression on the base model's pictures, each with weight exp(A / temperature); the base model always acts.
 
     Rewards are in their own units, so advantages must be too: advantage: {name: "advantage:LeaveOneOut"}, whose baseline is a factor that
-    a picture has no part in. The sampler should lead to the model's distribution (many steps, guidance 1), as with RAM.
+    a picture has no part in. The sampler should lead to the model's distribution (many steps, guidance 1), as with RAM. As the base
+    model draws, the reward that training shows does not rise; evaluations show what was learned.
 
     Args:
         temperature: lambda, in units of the reward.
