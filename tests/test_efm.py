@@ -13,21 +13,7 @@ from ddpo.advantage import GroupRelative, LeaveOneOut
 from ddpo.algorithms.efm import EFM
 from ddpo.config import ConfigError
 from ddpo.experiment import read
-from ddpo.rollout import collect
-from tests.test_sampler import (
-    DDPM,
-    LOGITS,
-    MEANS,
-    REWARD_SPREAD,
-    SCHEDULES,
-    Mixture,
-    drawn,
-    energy_distance,
-    exact,
-    fast,
-    scored,
-    tilted,
-)
+from tests.test_sampler import DDPM, LOGITS, MEANS, REWARD_SPREAD, SCHEDULES, Mixture, drawn, exact, fast, tilted, two_samples
 
 BASE = (LOGITS, MEANS)
 
@@ -91,29 +77,9 @@ def test_where_rewards_are_alike_the_base_model_is_left_exactly_as_it_is():
 @pytest.mark.parametrize("temperature", [2.0, 1.0])
 def test_the_tuned_policy_draws_the_tilted_density(temperature, seed):
     """In units of the reward's spread; learned from what the base model draws, whose self acts."""
-    policy, g = Mixture(), torch.Generator().manual_seed(seed)
     algorithm = EFM(temperature=temperature * REWARD_SPREAD)
-    optimizer = torch.optim.Adam(policy.weights.values(), 0.1)
-    with fast(g):
-        for iteration in range(ITERATIONS):
-            optimizer.param_groups[0]["lr"] = 0.1 * (1 - iteration / ITERATIONS)
-            with policy.acting_as(algorithm.actor):
-                rollout = scored(collect(policy, ["a"] * ROWS, [(0, 0)] * ROWS, d.DDIM(0.0), 40, ROWS, False))
-            for view in algorithm.views(rollout, ROWS, g):
-                loss, _ = algorithm.loss(policy, view)
-                (loss.mean() / 2).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            samples = collect(policy, ["a"] * 1000, [(0, 0)] * 1000, d.DDIM(0.0), 100, 1000, False).latents.view(-1, 2)
-    truth, g = tilted(*BASE, 1 / algorithm.temperature), torch.Generator().manual_seed(1)
-    noise = max(energy_distance(exact(1000, truth, g), exact(1000, truth, g)) for _ in range(20))
-    distance = energy_distance(samples, exact(1000, truth, g))
-    print(f"temperature {temperature} seed {seed}: energy distance {distance:.4f}, of exact draws at most {noise:.4f}")
+    distance, noise = two_samples(algorithm, iterations=150, rows=2048, steps=40, seed=seed)
     assert distance < noise
-
-
-ITERATIONS, ROWS = 150, 2048
 
 
 def test_what_changes_the_rewards_unit_is_refused():
