@@ -18,7 +18,6 @@ from PIL import Image
 
 from ddpo.durable import replace
 from ddpo.figures import Comparison, chart, comparisons, means, number, percent
-from ddpo.report import evaluated
 from ddpo.runs import CELL, Pair, Run, file_name, pairs
 
 PAIRS = 4  # of different prompts, in the card
@@ -145,7 +144,7 @@ def _curves(run: Run, images: Path) -> str:
         old.unlink()
     named = []
     for i, scorer in enumerate(sorted(scorers, key=lambda s: s not in run.trained)[:CURVES], 1):
-        curves = [c for c in evaluated(run, scorer) if c.points]
+        curves = [c for c in run.evaluated(scorer) if c.points]
         if len(run.evaluations) < 2 or not curves:
             continue
         drawn = chart(f"{line(scorer)} on held-out prompts", curves)

@@ -191,34 +191,22 @@ def _curves(run: Run) -> Html:
         _chart(
             "Training reward",
             "mean of an iteration, band: one standard deviation",
-            _own(run, "reward/mean", "reward/std"),
+            run.measured("reward/mean", "reward/std"),
             fired,
         ),
-        *(_chart(f"{s}, held-out prompts", "band: 95 % interval of the difference", evaluated(run, s), fired) for s in scorers),
+        *(_chart(f"{s}, held-out prompts", "band: 95 % interval of the difference", run.evaluated(s), fired) for s in scorers),
         _chart(
-            "Diversity", "of held-out pictures", _own(run, "eval/diversity/base") + _own(run, "eval/diversity/tuned"), fired
+            "Diversity",
+            "of held-out pictures",
+            run.measured("eval/diversity/base") + run.measured("eval/diversity/tuned"),
+            fired,
         ),
-        _chart("KL to base", "a denoising step, nats", _own(run, "kl/step_nats"), fired),
-        _chart("Clip fraction", "share of ratios clipped", _own(run, "clip_fraction"), fired),
-        _chart("Gradient norm", "before it is limited", _own(run, "grad_norm"), fired),
+        _chart("KL to base", "a denoising step, nats", run.measured("kl/step_nats"), fired),
+        _chart("Clip fraction", "share of ratios clipped", run.measured("clip_fraction"), fired),
+        _chart("Gradient norm", "before it is limited", run.measured("grad_norm"), fired),
     ]
     shown = [c for c in drawn if c]
     return _page.fill("charts", items=join(shown)) if shown else _page.fill("plain", text="No iteration has been recorded yet.")
-
-
-def _own(run: Run, key: str, spread: str = "") -> list[Curve]:
-    """One metric over the iterations, with another either side of it."""
-    found = [(m["iteration"], m[key], m.get(spread) or 0.0) for m in run.metrics if m.get(key) is not None]
-    name = "base" if key.endswith("/base") else "tuned"
-    return [Curve(name, name, [(x, y, y - s, y + s) for x, y, s in found])]
-
-
-def evaluated(run: Run, scorer: str) -> list[Curve]:
-    """Means of base and tuned; the interval of their difference is laid around the base's mean, so it clears it or not."""
-    found = [(m["iteration"], c) for m in run.metrics for c in comparisons(m) if c.scorer == scorer]
-    base = [(x, c.base, c.base, c.base) for x, c in found if c.whole]
-    tuned = [(x, c.tuned, c.base + c.low, c.base + c.high) for x, c in found if c.whole]
-    return [Curve("base", "base", base), Curve("tuned", "tuned", tuned)]
 
 
 def _chart(title: str, text: str, curves: Sequence[Curve], fired: Sequence[Alarm]) -> Html:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ddpo.durable import read_json
-from ddpo.figures import comparisons
+from ddpo.figures import Curve, comparisons
 from ddpo.jsonl import read, truncate, write
 
 FORMATS = ("WEBP", "PNG", "JPEG")  # of a run folder, which may be a stranger's
@@ -102,6 +102,19 @@ class Run:
     def last(self, key: str) -> float | None:
         """The newest value of a metric."""
         return next((m[key] for m in reversed(self.metrics) if m.get(key) is not None), None)
+
+    def measured(self, key: str, spread: str = "") -> list[Curve]:
+        """One metric over the iterations, with another either side of it."""
+        found = [(m["iteration"], m[key], m.get(spread) or 0.0) for m in self.metrics if m.get(key) is not None]
+        name = "base" if key.endswith("/base") else "tuned"
+        return [Curve(name, name, [(x, y, y - s, y + s) for x, y, s in found])]
+
+    def evaluated(self, scorer: str) -> list[Curve]:
+        """Means of base and tuned; the interval of their difference is laid around the base's mean, so it clears it or not."""
+        found = [(m["iteration"], c) for m in self.metrics for c in comparisons(m) if c.scorer == scorer and c.whole]
+        base = [(x, c.base, c.base, c.base) for x, c in found]
+        tuned = [(x, c.tuned, c.base + c.low, c.base + c.high) for x, c in found]
+        return [Curve("base", "base", base), Curve("tuned", "tuned", tuned)]
 
     def asked(self, section: str) -> str:
         """A section of config.yaml as it stands there."""

@@ -16,18 +16,17 @@ from ddpo.algorithms.dpo import D3PO, DiffusionDPO, _pairs
 from ddpo.algorithms.forward import RAFT, RWR
 from ddpo.learner import Learner
 from ddpo.rollout import Rollout, collect
-from ddpo.schedule import FlowMatching, VariancePreserving
+from ddpo.schedule import FlowMatching
 from ddpo.sections import Learning
 from ddpo.views import Noised, Pair, Transition
 from tests.test_algorithms import STEPS, TARGET
 from tests.test_forward import Located
 from tests.test_grpo import Learnt
 from tests.test_rollout import policy_of, stir
+from tests.tiny import DDPM
 
 B, SHAPE, D = 5, (2, 3, 3), 18
 COLOURS = ["red", "blue", "green", "black"]
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-DDPM = VariancePreserving((1 - BETAS).cumprod(0), float(1 - BETAS[0]))
 KINDS = {"eps": (DDPM, d.from_eps), "v": (DDPM, d.from_v), "flow": (FlowMatching(), d.from_velocity)}
 
 

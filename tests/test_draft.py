@@ -28,7 +28,7 @@ from ddpo.models.sd3 import StableDiffusion3
 from ddpo.noise import normal
 from ddpo.policy import LoRA, Policy
 from ddpo.rollout import collect
-from ddpo.schedule import FlowMatching, VariancePreserving
+from ddpo.schedule import FlowMatching
 from ddpo.sections import Learning
 from rewards import Part, RewardError, Rubric
 from rewards.pixels import Brightness, Contrast
@@ -36,12 +36,10 @@ from tests.test_algorithms import STEPS, TARGET
 from tests.test_forward import Located
 from tests.test_rollout import ADDRESSES, PROMPTS, stir
 from tests.test_trainer import ODE, lines, trainer_of, weights
-from tests.tiny import save_flux, save_sd3
+from tests.tiny import DDPM, save_flux, save_sd3
 
 ROOT = Path(__file__).parent.parent
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-VP = VariancePreserving((1 - BETAS).cumprod(0), float(1 - BETAS[0]))
-KINDS = {"eps": (VP, d.from_eps), "v": (VP, d.from_v), "flow": (FlowMatching(), d.from_velocity)}
+KINDS = {"eps": (DDPM, d.from_eps), "v": (DDPM, d.from_v), "flow": (FlowMatching(), d.from_velocity)}
 SOLVERS = {"ode": d.DDIM(0.0), "ddim": d.DDIM(1.0), "cps": d.CPS()}
 
 

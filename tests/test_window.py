@@ -9,12 +9,11 @@ from ddpo.config import ConfigError
 from ddpo.experiment import read
 from ddpo.noise import generator
 from ddpo.rollout import collect, stochastic_steps
-from ddpo.schedule import FlowMatching, VariancePreserving
+from ddpo.schedule import FlowMatching
 from ddpo.window import First, Random, Sliding, Within, within
 from tests.test_rollout import ADDRESSES, PROMPTS, policy_of, stir
+from tests.tiny import DDPM
 
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-DDPM = VariancePreserving((1 - BETAS).cumprod(0), float(1 - BETAS[0]))
 CASES = pytest.mark.parametrize(
     "schedule, solver", [(DDPM, d.DDIM(1.0)), (DDPM, d.DDIM(1.0, min_sigma=0.8)), (FlowMatching(3.0), d.FlowSDE(0.7))]
 )

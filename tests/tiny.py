@@ -21,6 +21,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from ddpo.menagerie import architecture
+from ddpo.schedule import VariancePreserving
+
+SIGNAL = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(
+    0
+)  # alpha_t^2 of Stable Diffusion
+DDPM = VariancePreserving(SIGNAL, float(SIGNAL[0]))
 
 
 def save_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddpo.app.shelf import Opened
-from ddpo.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, chart, comparisons
+from ddpo.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, chart
 from ddpo.page import Html, Page, join
 
 _page = Page("app.html")
@@ -25,15 +25,13 @@ def curves(run: Opened, at: int) -> Html:
     trained = [s for s in run.scorers if s in run.trained]
     watched = [s for s in run.scorers if s not in run.trained]
     figures = [
-        *(Figure(s, "trained on · held-out prompts, band: 95 % interval", evaluated(run, s)) for s in trained),
-        *(Figure(s, "only watched · held-out prompts, band: 95 % interval", evaluated(run, s)) for s in watched),
+        *(Figure(s, "trained on · held-out prompts, band: 95 % interval", run.evaluated(s)) for s in trained),
+        *(Figure(s, "only watched · held-out prompts, band: 95 % interval", run.evaluated(s)) for s in watched),
         Figure(
-            "Training reward", "mean of an iteration, band: one standard deviation", measured(run, "reward/mean", "reward/std")
+            "Training reward", "mean of an iteration, band: one standard deviation", run.measured("reward/mean", "reward/std")
         ),
-        Figure(
-            "Diversity", "of held-out pictures", measured(run, "eval/diversity/base") + measured(run, "eval/diversity/tuned")
-        ),
-        Figure("KL to base", "nats a denoising step", measured(run, "kl/step_nats")),
+        Figure("Diversity", "of held-out pictures", run.measured("eval/diversity/base") + run.measured("eval/diversity/tuned")),
+        Figure("KL to base", "nats a denoising step", run.measured("kl/step_nats")),
     ]
     drawn = join(_figure(f, run, at) for f in figures)
     body = drawn or _page.fill("plain", text="No iteration has been recorded yet, so there are no curves.")
@@ -43,31 +41,16 @@ def curves(run: Opened, at: int) -> Html:
 def together(runs: Sequence[Opened]) -> Html:
     """The same quantities of several runs, each run a curve; the first run's base model is the dashed line."""
     scorers = list(dict.fromkeys(s for run in runs for s in run.scorers))
-    keys = {f"{s}, held-out prompts": lambda run, s=s: evaluated(run, s) for s in scorers} | {
-        "Training reward": lambda run: measured(run, "reward/mean", "reward/std"),
-        "Diversity": lambda run: measured(run, "eval/diversity/base") + measured(run, "eval/diversity/tuned"),
-        "KL to base": lambda run: measured(run, "kl/step_nats"),
+    keys = {f"{s}, held-out prompts": lambda run, s=s: run.evaluated(s) for s in scorers} | {
+        "Training reward": lambda run: run.measured("reward/mean", "reward/std"),
+        "Diversity": lambda run: run.measured("eval/diversity/base") + run.measured("eval/diversity/tuned"),
+        "KL to base": lambda run: run.measured("kl/step_nats"),
     }
     figures = []
     for title, of in keys.items():
         found = [curve for i, run in enumerate(runs) for curve in _named(of(run), run, i)]
         figures.append(_figure(Figure(title, "", found), None, 0))
     return join(figures)
-
-
-def measured(run: Opened, key: str, spread: str = "") -> list[Curve]:
-    """One metric over the iterations, with another either side of it."""
-    found = [(m["iteration"], m[key], m.get(spread) or 0.0) for m in run.metrics if m.get(key) is not None]
-    name = "base" if key.endswith("/base") else "tuned"
-    return [Curve(name, name, [(x, y, y - s, y + s) for x, y, s in found])]
-
-
-def evaluated(run: Opened, scorer: str) -> list[Curve]:
-    """Means of base and tuned; the interval of their difference is laid around the base's mean, so it clears it or not."""
-    found = [(m["iteration"], c) for m in run.metrics for c in comparisons(m) if c.scorer == scorer and c.whole]
-    base = [(x, c.base, c.base, c.base) for x, c in found]
-    tuned = [(x, c.tuned, c.base + c.low, c.base + c.high) for x, c in found]
-    return [Curve("base", "base", base), Curve("tuned", "tuned", tuned)]
 
 
 def _named(found: list[Curve], run: Opened, i: int) -> list[Curve]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import ddpo
 from ddpo.models._files import require_all, require_usable, told
+from ddpo.models._kind import refuse_other_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED = Path(ddpo.__file__).parent / "menagerie"
@@ -23,6 +24,7 @@ class Networks(ABC):
     network: Any
     vae: Any
     lora_prefix: str  # also the folder of its weights
+    pipeline: str  # diffusers' class
     dtype: torch.dtype
     offload: bool
     device: torch.device
@@ -61,6 +63,14 @@ class Networks(ABC):
             self.vae.enable_gradient_checkpointing()  # where a reward is differentiated
         self.device = next(self.network.parameters()).device
         return pipe.scheduler.config
+
+    def _refuse_other(self, path: str | Path, revision: str | None, local_files_only: bool = False) -> None:
+        """Raises ValueError where the model is another family's; OSError where it is not."""
+        refuse_other_family(path, revision, self.pipeline, local_files_only)
+
+    def _place(self, part: str, path: str | Path, revision: str | None) -> dict[str, Any]:
+        """Where a part of the pipeline is read from, as `from_pretrained` takes it."""
+        return {"pretrained_model_name_or_path": path, "subfolder": part, "revision": revision}
 
     @property
     @abstractmethod

@@ -19,8 +19,6 @@ class OnMeta(Networks):
     """
 
     assumed: bool
-    _refuse_other: Any
-    _place: Any
 
     @abstractmethod
     def published(self) -> dict[str, tuple[Any, dict[str, Any]]]:

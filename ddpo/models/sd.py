@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ddpo.diffusion import from_eps, from_v
 from ddpo.models import Cond
 from ddpo.models._common import DTYPES, Networks
-from ddpo.models._kind import refuse_other_family
 from ddpo.models._outline import OnMeta
 from ddpo.schedule import Schedule, VariancePreserving
 
@@ -82,14 +81,6 @@ class StableDiffusion(Networks):
 
     def _take(self, pipe: Any) -> None:
         self.pipe, self.network, self.vae, self.text_encoder = pipe, pipe.unet, pipe.vae, pipe.text_encoder
-
-    def _refuse_other(self, path: str | Path, revision: str | None, local_files_only: bool = False) -> None:
-        """Raises ValueError where the model is another family's; OSError where it is not."""
-        refuse_other_family(path, revision, self.pipeline, local_files_only)
-
-    def _place(self, part: str, path: str | Path, revision: str | None) -> dict[str, Any]:
-        """Where a part of the pipeline is read from, as `from_pretrained` takes it."""
-        return {"pretrained_model_name_or_path": path, "subfolder": part, "revision": revision}
 
     @property
     def architecture(self) -> str:
