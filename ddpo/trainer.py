@@ -145,7 +145,7 @@ class Trainer:
         if to != self.iteration:
             state.return_to(self, checkpoint.folder_of(self.folder / "checkpoints", to), f"metrics-left-{salt}.jsonl")
         self.rollbacks, self.salt = rollbacks, salt
-        self.learner.lr = self.learner.settings.lr * 0.5 ** len(rollbacks)
+        self._pace()
         self.monitor.forget()
         state.save(self)
         self.display.say(
@@ -153,7 +153,13 @@ class Trainer:
             f"learning rate of {self.learner.lr:.3g}"
         )
 
+    def _pace(self) -> None:
+        """Set this iteration's learning rate, which every rollback halves."""
+        done = self.iteration / self.settings.iterations
+        self.learner.lr = self.learner.settings.rate(done) * 0.5 ** len(self.rollbacks)
+
     def _iterate(self) -> tuple[dict[str, Any], list[Alarm]]:
+        self._pace()
         self.learner.algorithm = self.algorithm.scheduled(self.iteration)
         self.algorithm.start(self.policy, self.iteration)
         rows = self.deal.rows(self.iteration, self.salt, self.accelerator.process_index)
