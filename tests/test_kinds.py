@@ -89,9 +89,7 @@ def ram(s, a):
 
 
 def efm(s, a):
-    weight, base = (a / 3).exp(), s.v_of("reference")
-    moved = s.v_of("now") - base
-    return weight * mean(moved**2) - 2 * (weight - 1) * mean(moved * (s.v - base))
+    return (a / 3).exp() * mean((s.v_of("now") - s.v) ** 2)
 
 
 PUBLISHED = {

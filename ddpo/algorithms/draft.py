@@ -103,6 +103,8 @@ class DRaFTLV(_RewardGradient):
 class AlignProp(DRaFT):
     """DRaFT whose K is drawn anew for each update, evenly from 1 to `steps`: truncation without the bias of any one K.
 
+    The authors' code draws it evenly, or from a normal distribution around 8 of 50.
+
     Args:
         steps: the largest K.
     """

@@ -8,47 +8,34 @@ That is exact for any r and lambda, on the DDPM schedule too, and there is nothi
 the policy, so its noise is not fed back, as it is with ram.py's path cost. The price is that a mode must be drawn by the base
 model to be found; a weight is exp(1 / lambda) at most where rewards lie in [0, 1].
 
-The base model's belief is the mean of its own pictures, E_base[ x0 - x0_base | x_t ] = 0, so a multiple of it may be taken away.
-With d = x0_theta - x0_base the loss is then, but for what d has no part in,
-
-    w |d|^2  -  2 (w - 1) <d, x0 - x0_base>,
-
-whose gradient at the base model has no noise where rewards are alike, and which a network that is not quite the mean of what it
-draws does not follow into its own errors, as the plain form does (docs/algorithms.md, "Why imitation loses").
+One might take a multiple of the unweighted loss away, whose minimum is the base model where its belief is the mean of its own
+pictures: less noise, nothing to learn where rewards are alike. But networks are not quite the mean of what they draw, and then
+the point of rest is neither theirs nor the pictures' (docs/algorithms.md, "On pictures"). So it is the plain weighted loss, which
+brings the belief in line with the pictures as it tilts it. That takes some thousand pictures, and a learning rate that ends at zero.
 """
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Gt
-from torch import Tensor
 
-from ddpo.algorithms.forward import ForwardProcess
-from ddpo.policy import Policy
-from ddpo.views import Noised
+from ddpo.algorithms.forward import RWR
 
 
 @dataclass(frozen=True)
-class EFM(ForwardProcess):
+class EFM(RWR):
     """Regression on the base model's pictures, each with weight exp(A / temperature); the base model always acts.
 
     Rewards are in their own units, so advantages must be too: advantage: {name: "advantage:LeaveOneOut"}, whose baseline is a factor that
     a picture has no part in. The sampler should lead to the model's distribution (many steps, guidance 1), as with RAM. As the base
-    model draws, the reward that training shows does not rise; evaluations show what was learned.
+    model draws, the reward that training shows does not rise; evaluations show what was learned. Set optimizer.decay to 1.
 
     Args:
         temperature: lambda, in units of the reward.
-        max_advantage: clips what should not be clipped; it is there against outliers.
+        max_advantage, max_weight: clip what should not be clipped; they are there against outliers.
     """
 
-    temperature: Annotated[float, Gt(0)] = 1.0
     max_advantage: Annotated[float, Gt(0)] = 1e6
+    max_weight: Annotated[float, Gt(0)] = 1e6
     actor = "reference"
     needs_units = True
-
-    def _surrogate(self, policy: Policy, view: Noised, now: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        base = self._belief_of("reference", policy, view)
-        weight = (self._clipped(view.advantage) / self.temperature).exp()
-        moved, off = now - base, view.x0 - base
-        gain = (moved * off).flatten(1).mean(1) / view.sigma**2
-        return weight * view.velocity_distance(now, base) - 2 * (weight - 1) * gain, {"weight": weight}
