@@ -45,7 +45,7 @@ def words(method: str, temperature: float, seed: int, iterations: int, output: P
         "held_out_rewards=[{name: 'scene:Count'}, {name: clip, model: menagerie}]",
         f"algorithm={{{METHODS[method]}, temperature: {temperature}, times: 1, lowest: 0.7}}",
         "advantage={name: 'advantage:LeaveOneOut'}", "rollout.solver={name: 'diffusion:DDIM', eta: 0, min_sigma: 0}",
-        "rollout.prompts=32", "rollout.num_steps=16", "rollout.batch_size=64", "optimizer.lr=1.0e-3", "optimizer.decay=1",
+        "rollout.prompts=32", "rollout.num_steps=16", "rollout.batch_size=64", "optimizer.lr=1.0e-3", "optimizer.lr_decay=1",
         "optimizer.epochs=3", "optimizer.updates=4", "optimizer.micro_batch=64",
         f"run.seed={seed}", f"run.iterations={iterations}", f"run.eval_every={iterations}", "run.save_every=8",
         "run.threads=1", "run.on_alarm=warn", "evaluation.prompts=32", "evaluation.seeds=32", f"run.output={output}",

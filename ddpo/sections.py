@@ -110,7 +110,7 @@ class Learning:
         micro_batch: rows of one backward pass, on each process; gradients add up to the whole update.
         max_grad_norm: gradients are scaled down to this norm.
         weight_decay: AdamW's.
-        decay: share of run.iterations, at the run's end, over which the learning rate falls evenly towards zero; 1 is from the
+        lr_decay: share of run.iterations, at the run's end, over which the learning rate falls evenly towards zero; 1 is from the
             beginning on, 0 not at all. Gradients' noise then averages out: for what is to settle (samplers), not for what climbs.
         eight_bit: keep Adam's moments in 8 bits (needs bitsandbytes and a GPU).
     """
@@ -121,12 +121,12 @@ class Learning:
     micro_batch: Annotated[int, Ge(1)] = 8
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     weight_decay: Annotated[float, Ge(0)] = 1e-4
-    decay: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    lr_decay: Annotated[float, Interval(ge=0, le=1)] = 0.0
     eight_bit: bool = False
 
     def rate(self, done: float) -> float:
         """The learning rate where this share of the run's iterations is done."""
-        return self.lr * min(1.0, (1 - done) / self.decay) if self.decay else self.lr
+        return self.lr * min(1.0, (1 - done) / self.lr_decay) if self.lr_decay else self.lr
 
     def build(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Raises ImportError, with the fix, where eight_bit is asked for and bitsandbytes is not there."""

@@ -86,7 +86,7 @@ MOVING = {
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"advantage": PerPrompt(window=8, min_count=4)}, {"epochs": 2, "decay": 0.6}, FORWARD, MOVING]
+    "options", [{}, {"advantage": PerPrompt(window=8, min_count=4)}, {"epochs": 2, "lr_decay": 0.6}, FORWARD, MOVING]
 )
 def test_a_run_that_was_stopped_and_resumed_ends_bit_identical(tiny, tmp_path, options):
     fresh = lambda: {k: PerPrompt(window=8, min_count=4) if k == "advantage" else v for k, v in options.items()}  # noqa: E731
@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_identical(tiny, tmp_path, o
 
 @pytest.mark.parametrize("decay, rates", [(0.0, [1, 1, 1, 1]), (0.5, [1, 1, 1, 0.5]), (1.0, [1, 0.75, 0.5, 0.25])])
 def test_the_learning_rate_falls_evenly_towards_zero_over_the_last_share_of_a_run(tiny, tmp_path, decay, rates):
-    trainer_of(tmp_path, tiny, iterations=4, lr=1e-2, decay=decay).run()
+    trainer_of(tmp_path, tiny, iterations=4, lr=1e-2, lr_decay=decay).run()
     assert [line["lr"] for line in lines(tmp_path)[1:]] == pytest.approx([1e-2 * rate for rate in rates])
 
 

@@ -28,7 +28,7 @@ class EFM(RWR):
 
     Rewards are in their own units, so advantages must be too: advantage: {name: "advantage:LeaveOneOut"}, whose baseline is a factor that
     a picture has no part in. The sampler should lead to the model's distribution (many steps, guidance 1), as with RAM. As the base
-    model draws, the reward that training shows does not rise; evaluations show what was learned. Set optimizer.decay to 1.
+    model draws, the reward that training shows does not rise; evaluations show what was learned. Set optimizer.lr_decay to 1.
 
     Args:
         temperature: lambda, in units of the reward.
