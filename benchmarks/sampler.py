@@ -9,8 +9,8 @@ that colour in a share p of the pictures of a prompt, the tilted density has it 
     q = p exp(1 / lambda) / (p exp(1 / lambda) + 1 - p)
 
 of them. Each run should end at q, and stay there. Printed are the shares on held-out prompts, base and tuned by the same sampler from
-the same noise, with the interval of the tuned share over prompts, and q averaged over prompts by the base model's own share of
-each (from its pictures of that prompt, and a tenth of one more). At lambda 1e6 nothing is tilted: what changes there is how well the
+the same noise, and q, averaged over prompts by the base model's own share of each (from its pictures of that prompt, and a tenth of
+one more); intervals are over prompts. At lambda 1e6 nothing is tilted: what changes there is how well the
 model is fitted to its own pictures. A colour is settled at high noise, so only the noisiest levels are looked at. The flow begins in
 noise alone; Stable Diffusion's schedule begins with a trace of the picture in it, which is not tilted.
 """
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=24)
     args = parser.parse_args()
-    print("| method | lambda | seed | base | q | tuned |\n|---|---|---|---|---|---|")
+    print("| method | lambda | seed | base | q | tuned | tuned - q |\n|---|---|---|---|---|---|---|")
     for method, temperature, seed in itertools.product(args.methods, args.temperatures, args.seeds):
         folder = args.root / f"{'-'.join(method.replace(',', '').split())}-lambda{temperature:g}-seed{seed}"
         command = [sys.executable, "-m", "ddpo.train", "configs/menagerie_alignment.yaml"]
@@ -78,10 +78,10 @@ def row(folder: Path, temperature: float) -> str:
     for line in (folder / "samples" / "index.jsonl").read_text().splitlines():
         sample = json.loads(line)
         shares[sample["iteration"]][sample["prompt"]].append(sample["scores"]["colour"])
-    base = [sum(scores) / len(scores) for scores in shares[0].values()]
+    base, *later = ([sum(s) / len(s) for s in by_prompt.values()] for _, by_prompt in sorted(shares.items()))
     expected = [tilted((sum(scores) + 0.1) / (len(scores) + 1), temperature) for scores in shares[0].values()]
-    told = [interval([sum(s) / len(s) for s in by_prompt.values()]) for i, by_prompt in sorted(shares.items()) if i]
-    return f"{interval(base)} | {sum(expected) / len(expected):.3f} | {', '.join(told)}"
+    off = [tuned - q for tuned, q in zip(later[-1], expected, strict=True)]
+    return f"{interval(base)} | {sum(expected) / len(expected):.3f} | {interval(later[-1])} | {interval(off)}"
 
 
 def tilted(share: float, temperature: float) -> float:
