@@ -26,7 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 
 COLOUR = "orange"
-LAYERS = (  # all but the norms' own: a class is settled in few steps, and LoRA on attention alone tilts it less
+LAYERS = (  # linear ones of the pictures' path, modulation too; in one try, attention alone tilted a little less
     "to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2", "norm1.linear",
     "norm_out.linear", "proj_out", "context_embedder",
 )  # fmt: skip
