@@ -10,9 +10,9 @@ that colour in a share p of the pictures of a prompt, the tilted density has it 
 
 of them. Each run should end at q, and stay there. Printed are the shares on held-out prompts, base and tuned by the same sampler from
 the same noise, and q, averaged over prompts by the base model's own share of each (from its pictures of that prompt, and a tenth of
-one more); intervals are over prompts. At lambda 1e6 nothing is tilted: what changes there is how well the
-model is fitted to its own pictures. A colour is settled at high noise, so only the noisiest levels are looked at. The flow begins in
-noise alone; Stable Diffusion's schedule begins with a trace of the picture in it, which is not tilted.
+one more); intervals are over prompts. At lambda 1e6 nothing is tilted: what changes there is how well the model is fitted to its own
+pictures. A colour is settled at high noise, so only the noisiest levels are looked at. The flow begins in noise alone; Stable
+Diffusion's schedule begins with a trace of the picture in it, which is not tilted.
 """
 
 import argparse

@@ -23,9 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ddpo.menagerie import architecture
 from ddpo.schedule import VariancePreserving
 
-SIGNAL = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(
-    0
-)  # alpha_t^2 of Stable Diffusion
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
+SIGNAL = (1 - BETAS).cumprod(0)  # alpha_t^2
 DDPM = VariancePreserving(SIGNAL, float(SIGNAL[0]))
 
 
