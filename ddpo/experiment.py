@@ -82,6 +82,7 @@ def _run(recipe: Recipe, words: list[str], signals: "Signals") -> int:
             if not _expected(e):
                 raise
             return code
+    meeting.close()
     return alarm.code if alarm else 0
 
 

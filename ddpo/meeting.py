@@ -119,6 +119,11 @@ class Meeting:
         )
         self._group: Any = None if self.alone else distributed.new_group(timeout=timedelta(minutes=timeout), backend="gloo")
 
+    def close(self) -> None:
+        """After the last word. Where torch's threads still run as the interpreter ends, they may abort it (pytorch issue 190489)."""
+        if not self.alone:
+            distributed.destroy_process_group()
+
     def step(self, short: bool = False) -> bool:
         """Whether some process is out of memory."""
         told, failed = self.signals.received, False
