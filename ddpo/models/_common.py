@@ -1,15 +1,17 @@
-"""What every family's networks share: precision, devices, and helpers that come to work only when called."""
+"""What every family shares: precision, devices, helpers that come to work only when called, pictures through the VAE."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ddpo
+from ddpo.models import Cond
 from ddpo.models._files import require_all, require_usable, told
 from ddpo.models._kind import refuse_other_family
 
@@ -19,15 +21,19 @@ BUILT_IN = {"menagerie": _SHIPPED / "weights", "menagerie-flow": _SHIPPED / "wei
 
 
 class Networks(ABC):
-    """The denoiser and its helpers, on a device."""
+    """A denoiser and its helpers, on a device, with an `AutoencoderKL` between latents and pictures."""
 
     network: Any
     vae: Any
+    pipe: Any  # diffusers' pipeline, for its tokenizers and its encode_prompt
     lora_prefix: str  # also the folder of its weights
     pipeline: str  # diffusers' class
+    latent_shape: tuple[int, int, int]
+    source: str
     dtype: torch.dtype
     offload: bool
     device: torch.device
+    assumed = False
 
     @property
     @abstractmethod
@@ -42,13 +48,18 @@ class Networks(ABC):
     def _take(self, pipe: Any) -> None:
         """Set the networks from a pipeline's parts."""
 
-    def load(self, path: str, revision: str | None, gradient_checkpointing: bool) -> Any:
+    @abstractmethod
+    def _output(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One call of the denoiser, in its own dtype."""
+
+    def load(self, path: str, revision: str | None, dtype: str, gradient_checkpointing: bool, offload: bool) -> Any:
         """Set the networks, frozen, from a folder, a hub id, or a built-in model; returns the scheduler's config.
 
         Raises:
             UnusableModel: its files are not there, or damaged.
             ValueError: it is none of this family.
         """
+        self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
         place = BUILT_IN.get(path, path)
         with told(place):
             require_usable(place, tuple(BUILT_IN))
@@ -88,6 +99,58 @@ class Networks(ABC):
             f"{len(cut)} of {len(lengths)} prompts are longer than the {most} tokens that this model reads, and are cut off there; "
             f"the longest has {lengths[longest]}: {prompts[longest][:60]!r}"
         )
+
+    def denoise(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's raw output, float32. Autocast ends here: outside, it would keep half-precision copies of the
+        LoRA weights, and an earlier self would silently act as the present one."""
+        # On a CPU, at few tokens, attention written out is faster than the fused kernel's backward pass. Checkpointing
+        # computes its second forward pass outside of this context, where the kernel would be another.
+        plain = x.device.type == "cpu" and x[0, 0].numel() <= 256 and not self.network.is_gradient_checkpointing
+        with self._half(x.device), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return self._output(network, x.to(self.dtype), t, cond).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        half = self._half(latents.device) if self.vae.dtype == self.dtype else nullcontext()
+        with self._at_work(self.vae), half:
+            images = self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], of `image_size` -> (B, C, h, w) float32, what `decode` makes them of: the posterior's mean."""
+        images = (2 * images - 1).to(self.device, self.vae.dtype)
+        half = self._half(self.device) if self.vae.dtype == self.dtype else nullcontext()
+        with self._at_work(self.vae), half:
+            latents = self.vae.encode(images).latent_dist.mean.float()
+        zero = self._unscaled(torch.zeros_like(latents[:1]))  # each channel's scale and shift, whatever the family
+        return (latents - zero) / (self._unscaled(torch.ones_like(zero)) - zero)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """From the denoiser's units to the VAE's."""
+        return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of its pictures, in pixels."""
+        return self.latent_shape[1] * self._pixels, self.latent_shape[2] * self._pixels
+
+    @property
+    def _pixels(self) -> int:
+        """On the side of a latent's element."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _side(self, resolution: int | None, own: int, patch: int = 1, most: int | None = None) -> int:
+        """Of the latent, for pictures of this many pixels; `own` where it is None.
+
+        Raises ValueError where the network cannot draw them: it cuts a latent into patches, of which at most so many fit on a side.
+        """
+        if resolution is None:
+            return own
+        unit = self._pixels * patch
+        if resolution % unit or (most and resolution > unit * most):
+            limit = f", at most {unit * most}" if most else ""
+            raise ValueError(f"resolution is {resolution}; it must be a multiple of {unit}{limit}")
+        return resolution // self._pixels
 
     def to(self, device: torch.device) -> None:
         self.device = device

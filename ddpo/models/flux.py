@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 from ddpo.diffusion import from_velocity
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES
+from ddpo.models._common import Networks
 from ddpo.models._kind import refuse_other_schedule
 from ddpo.models._outline import OnMeta
-from ddpo.models.sd import TEXT, VAE, StableDiffusion
+from ddpo.models.sd import TEXT, VAE
 from ddpo.models.sd3 import SIXTEEN, T5
 from ddpo.schedule import FlowMatching
 
 SIDE = 128  # of FluxPipeline's own latents; the network's config does not say
 
 
-class Flux(StableDiffusion):
+class Flux(Networks):
     """Any `FluxPipeline` in diffusers' format: FLUX.1-dev, FLUX.1-Krea-dev, FLUX.1-schnell (Black Forest Labs 2024).
 
     Dev was distilled from a model with guidance, and is told the scale that it is to imitate: `embedded_guidance`. That costs
@@ -55,6 +55,7 @@ class Flux(StableDiffusion):
     pipeline = "FluxPipeline"
     outline: ClassVar[type["Flux"]]
 
+    text_encoder: Any  # CLIP
     text_encoder_2: Any  # T5
 
     def __init__(
@@ -68,9 +69,9 @@ class Flux(StableDiffusion):
         gradient_checkpointing: bool = False,
         offload: bool = False,
     ):
-        self.source, self.dtype, self.offload, self._tokens = path, DTYPES[dtype], offload, max_sequence_length
-        schedule, self.interpret = self.load(path, revision, gradient_checkpointing), from_velocity
-        side = SIDE if resolution is None else self._side(resolution)
+        self._tokens = max_sequence_length
+        schedule, self.interpret = self.load(path, revision, dtype, gradient_checkpointing, offload), from_velocity
+        side = self._side(resolution, SIDE, patch=2)
         self.latent_shape = (self.network.config.in_channels // 4, side, side)
         self.schedule = _schedule(path, schedule, (side // 2) ** 2)
         self._guidance = self._told(path, embedded_guidance)
@@ -85,13 +86,6 @@ class Flux(StableDiffusion):
         self.pipe, self.network, self.vae = pipe, pipe.transformer, pipe.vae
         self.text_encoder, self.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
         self.vae.enable_slicing()  # one picture at a time: at 1024 pixels each takes gigabytes
-
-    def _side(self, resolution: int) -> int:
-        """Of the latent, of pictures of this many pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if resolution % (2 * factor):
-            raise ValueError(f"resolution is {resolution}; it must be a multiple of {2 * factor}")
-        return resolution // factor
 
     def _told(self, path: str, scale: float | None) -> float | None:
         """The scale that the network is told."""
@@ -134,9 +128,6 @@ class Flux(StableDiffusion):
             txt_ids=torch.zeros(cond["text"].shape[1], 3, dtype=torch.long, device=x.device),
         ).sample
         return F.pixel_shuffle(out.mT.unflatten(2, size), 2)
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return super()._unscaled(latents) + (self.vae.config.shift_factor or 0.0)
 
 
 def _schedule(path: str, config: Any, tokens: int) -> FlowMatching:

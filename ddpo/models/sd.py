@@ -1,19 +1,17 @@
 """Stable Diffusion 1.x and 2.x: a UNet over 4-channel latents on the DDPM schedule, predicting eps or v."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpo.diffusion import from_eps, from_v
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES, Networks
+from ddpo.models._common import Networks
 from ddpo.models._outline import OnMeta
-from ddpo.schedule import Schedule, VariancePreserving
+from ddpo.schedule import VariancePreserving
 
 
 class StableDiffusion(Networks):
@@ -34,12 +32,9 @@ class StableDiffusion(Networks):
     lora_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     lora_prefix = "unet"
     pipeline = "StableDiffusionPipeline"  # diffusers' class
-    assumed = False
     outline: ClassVar[type["StableDiffusion"]]
 
-    schedule: Schedule
     text_encoder: Any
-    pipe: Any  # diffusers' pipeline, for its tokenizers and its encode_prompt
 
     def __init__(
         self,
@@ -52,8 +47,7 @@ class StableDiffusion(Networks):
     ):
         from diffusers import DDIMScheduler  # here: it takes seconds, and a typo should not
 
-        self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
-        noise = DDIMScheduler.from_config(self.load(path, revision, gradient_checkpointing))
+        noise = DDIMScheduler.from_config(self.load(path, revision, dtype, gradient_checkpointing, offload))
         if noise.config.prediction_type not in PREDICTIONS:
             raise ValueError(f"{path} predicts {noise.config.prediction_type!r}; known are {', '.join(PREDICTIONS)}")
         if noise.config.timestep_spacing not in ("leading", "trailing"):
@@ -65,10 +59,7 @@ class StableDiffusion(Networks):
             noise.config.steps_offset,
             noise.config.timestep_spacing == "trailing",
         )
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = self.network.config.sample_size if resolution is None else resolution // factor
-        if resolution is not None and resolution % factor:
-            raise ValueError(f"resolution is {resolution}; it must be a multiple of {factor}")
+        side = self._side(resolution, self.network.config.sample_size)
         self.latent_shape = (self.network.config.in_channels, side, side)
 
     def _open(self, path: str | Path, revision: str | None) -> Any:
@@ -104,43 +95,8 @@ class StableDiffusion(Networks):
         with self._at_work(self.text_encoder):
             return {"text": self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state}
 
-    def denoise(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's raw output, float32. Autocast ends here: outside, it would keep half-precision copies of the
-        LoRA weights, and an earlier self would silently act as the present one."""
-        # On a CPU, at few tokens, attention written out is faster than the fused kernel's backward pass. Checkpointing
-        # computes its second forward pass outside of this context, where the kernel would be another.
-        plain = x.device.type == "cpu" and x[0, 0].numel() <= 256 and not self.network.is_gradient_checkpointing
-        with self._half(x.device), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            return self._output(network, x.to(self.dtype), t, cond).float()
-
     def _output(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return network(x, t, cond["text"]).sample
-
-    def decode(self, latents: Tensor) -> Tensor:
-        half = self._half(latents.device) if self.vae.dtype == self.dtype else nullcontext()
-        with self._at_work(self.vae), half:
-            images = self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of its pictures, in pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1], of `image_size` -> (B, C, h, w) float32, what `decode` makes them of: the posterior's mean."""
-        images = (2 * images - 1).to(self.device, self.vae.dtype)
-        half = self._half(self.device) if self.vae.dtype == self.dtype else nullcontext()
-        with self._at_work(self.vae), half:
-            latents = self.vae.encode(images).latent_dist.mean.float()
-        zero = self._unscaled(torch.zeros_like(latents[:1]))  # each channel's scale and shift, whatever the family
-        return (latents - zero) / (self._unscaled(torch.ones_like(zero)) - zero)
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        """From the denoiser's units to the VAE's."""
-        return latents / self.vae.config.scaling_factor
 
 
 class _Outline(OnMeta, StableDiffusion):

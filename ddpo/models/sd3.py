@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from ddpo.diffusion import from_velocity
 from ddpo.models import Cond
-from ddpo.models._common import DTYPES
+from ddpo.models._common import Networks
 from ddpo.models._kind import refuse_other_schedule
 from ddpo.models._outline import OnMeta
-from ddpo.models.sd import TEXT, VAE, StableDiffusion
+from ddpo.models.sd import TEXT, VAE
 from ddpo.models.sdxl import TEXT_2
 from ddpo.schedule import FlowMatching
 
 
-class StableDiffusion3(StableDiffusion):
+class StableDiffusion3(Networks):
     """Any `StableDiffusion3Pipeline` in diffusers' format (Esser et al. 2024).
 
     Args:
@@ -37,7 +37,7 @@ class StableDiffusion3(StableDiffusion):
             asked for, or `resolution` is not one that the network can draw.
     """
 
-    lora_targets: list[str]  # type: ignore[misc]  # depends on the number of blocks
+    lora_targets: list[str]  # depends on the number of blocks
     lora_prefix = "transformer"
     pipeline = "StableDiffusion3Pipeline"
     outline: ClassVar[type["StableDiffusion3"]]
@@ -55,13 +55,12 @@ class StableDiffusion3(StableDiffusion):
         gradient_checkpointing: bool = False,
         offload: bool = False,
     ):
-        self.source, self.dtype, self.offload = path, DTYPES[dtype], offload
         built_in = path == "menagerie-flow"
         self._with_t5, self._tokens = (False, 0) if built_in else (text_encoder_3, max_sequence_length)
-        self.schedule = _schedule(path, self.load(path, revision, gradient_checkpointing))
+        self.schedule = _schedule(path, self.load(path, revision, dtype, gradient_checkpointing, offload))
         self.interpret = from_velocity
         sizes = self.network.config
-        side = sizes.sample_size if resolution is None else self._side(resolution)
+        side = self._side(resolution, sizes.sample_size, sizes.patch_size, sizes.pos_embed_max_size)
         self.latent_shape = (sizes.in_channels, side, side)
         self.lora_targets = _attention(sizes.num_layers)
 
@@ -88,14 +87,6 @@ class StableDiffusion3(StableDiffusion):
         parts = StableDiffusion3Pipeline.load_config(path, revision=revision, local_files_only=local_files_only)
         if self._with_t5 and parts["text_encoder_3"][0] is None:
             raise ValueError(f"{path} was saved without its third text encoder: set model.text_encoder_3=false")
-
-    def _side(self, resolution: int) -> int:
-        """Of the latent, of pictures of this many pixels."""
-        sizes, factor = self.network.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
-        unit, most = factor * sizes.patch_size, factor * sizes.patch_size * sizes.pos_embed_max_size
-        if resolution % unit or resolution > most:
-            raise ValueError(f"resolution is {resolution}; it must be a multiple of {unit}, at most {most}")
-        return resolution // factor
 
     @property
     def architecture(self) -> str:
@@ -125,9 +116,6 @@ class StableDiffusion3(StableDiffusion):
 
     def _output(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return network(x, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"], timestep=t.float()).sample
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return super()._unscaled(latents) + (self.vae.config.shift_factor or 0.0)
 
 
 def _schedule(path: str, config: Any) -> FlowMatching:

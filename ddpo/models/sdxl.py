@@ -47,8 +47,7 @@ class StableDiffusionXL(StableDiffusion):
     ):
         self._other_vae = vae
         super().__init__(path, revision, dtype, resolution, gradient_checkpointing, offload)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = (factor * side for side in self.latent_shape[1:])
+        height, width = self.image_size
         self._time_ids = [height, width, 0, 0, height, width]  # original size, top and left of the crop, target size
 
     def _open(self, path: str | Path, revision: str | None) -> Any:

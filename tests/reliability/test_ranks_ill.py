@@ -178,7 +178,7 @@ def test_one_that_is_killed_ends_the_launcher_and_the_same_command_goes_on(struc
     said = " ".join(output.split())
     print(f"the launcher ended {time.monotonic() - struck_at:.2f} s after the kill")
     assert process.returncode != 0
-    assert said.count("another process ended or cannot be reached (Connection") == 1, output
+    assert said.count("another process ended or cannot be reached (") == 1, output  # gloo has several words for it
     assert f'File "{ROOT}/ddpo' not in output  # a traceback of ours: the launcher shows its own
     assert "stopped: in iteration 3/3 · learning" in said and "To go on after mending it" in said
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002\n"
