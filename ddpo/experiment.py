@@ -76,6 +76,7 @@ def _run(recipe: Recipe, words: list[str], signals: "Signals") -> int:
         except Stop as e:
             if main:
                 _interrupted(e, recipe, folder, record, display)
+            meeting.close()
             return e.code
         except Exception as e:
             code = _failed(e, meeting, folder, record, display)
@@ -141,6 +142,8 @@ def _failed(error: Exception, meeting: "Meeting", folder: Path, record: "Record"
             record.write("failed", text)
         kept = f"everything up to the last checkpoint, {_newest(folder)}, is kept"
         display.say(f"{kept}. To go on after mending it: {record.resume}")
+    if told is not None:
+        meeting.close()
     return code
 
 

@@ -120,7 +120,8 @@ class Meeting:
         self._group: Any = None if self.alone else distributed.new_group(timeout=timedelta(minutes=timeout), backend="gloo")
 
     def close(self) -> None:
-        """After the last word. Where torch's threads still run as the interpreter ends, they may abort it (pytorch issue 190489)."""
+        """After the last word, where all are there to hear it. Where torch's threads still run as the interpreter ends, they may abort
+        it (pytorch issue 190489)."""
         if not self.alone:
             distributed.destroy_process_group()
 
