@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ddpo
 from ddpo.models import Cond
-from ddpo.models._files import require_all, require_usable, told
-from ddpo.models._kind import refuse_other_family
+from ddpo.models._files import UnusableModel, read_index, require_usable, told
+from ddpo.models._kind import network_class, refuse_other_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED = Path(ddpo.__file__).parent / "menagerie"
@@ -26,7 +26,7 @@ class Networks(ABC):
     network: Any
     vae: Any
     pipe: Any  # diffusers' pipeline, for its tokenizers and its encode_prompt
-    lora_prefix: str  # also the folder of its weights
+    lora_prefix: str
     pipeline: str  # diffusers' class
     latent_shape: tuple[int, int, int]
     source: str
@@ -66,7 +66,6 @@ class Networks(ABC):
             _quiet()
             pipe = self._open(place, revision)
             self._take(pipe)
-            require_all(place, self.lora_prefix, self.network)
         for module in (self.network, *self.helpers):
             module.eval().requires_grad_(False)
         if gradient_checkpointing:
@@ -78,6 +77,26 @@ class Networks(ABC):
     def _refuse_other(self, path: str | Path, revision: str | None, local_files_only: bool = False) -> None:
         """Raises ValueError where the model is another family's; OSError where it is not."""
         refuse_other_family(path, revision, self.pipeline, local_files_only)
+
+    def _networks(self, path: str | Path, revision: str | None, *without: str) -> dict[str, nn.Module]:
+        """The pipeline's networks but these, by name, read one by one: of a pipeline nobody tells which tensors are made up.
+
+        Raises UnusableModel where a tensor is not there. diffusers and transformers would draw it at random, and only warn.
+        """
+        found = {}
+        for part, entry in read_index(path, revision).items():
+            if part in without or not (kind := network_class(entry)):
+                continue
+            place, dtype = self._place(part, path, revision), self._stored(part)
+            found[part], seen = kind.from_pretrained(**place, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            if missing := sorted(seen["missing_keys"]):
+                where = "/".join(str(place[key]) for key in ("pretrained_model_name_or_path", "subfolder") if key in place)
+                raise UnusableModel(f"{where} lacks {missing[0]} ({len(missing)} tensors in all); copy the model again")
+        return found
+
+    def _stored(self, part: str) -> torch.dtype:
+        """What a network is read in."""
+        return self.dtype
 
     def _place(self, part: str, path: str | Path, revision: str | None) -> dict[str, Any]:
         """Where a part of the pipeline is read from, as `from_pretrained` takes it."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -64,16 +63,6 @@ def read_index(path: str | Path, revision: str | None = None, local_files_only: 
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UnusableModel(f"{file} names no pipeline of diffusers' own; {PIPELINE}")
     return index
-
-
-def require_all(path: str | Path, part: str, network: nn.Module) -> None:
-    """Raises UnusableModel where a folder lacks one of a network's tensors: diffusers would make it up, and only warn."""
-    files = sorted((Path(path) / part).glob("*.safetensors"))
-    if not files:
-        return
-    held: set[str] = set().union(*map(_names, files))
-    if missing := [name for name in network.state_dict() if name not in held]:
-        raise UnusableModel(f"{files[0]} lacks {missing[0]} ({len(missing)} tensors in all); copy the model again")
 
 
 @contextmanager

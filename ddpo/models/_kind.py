@@ -1,10 +1,12 @@
-"""Whether a model belongs to a family: asked before any weights are read."""
+"""What a model is, and whether it belongs to a family: asked before any weights are read."""
 
 import importlib
 import inspect
 import pkgutil
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ddpo import models
 from ddpo.models._files import read_index
@@ -36,6 +38,13 @@ def family_of(pipeline: str) -> str | None:
             if pipeline in [getattr(kind, "pipeline", None) for kind in own]:
                 return info.name
     return None
+
+
+def network_class(entry: Any) -> Any:
+    """diffusers' or transformers' class of a network, by its entry in a `model_index.json`; None of what else is listed there."""
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    kind = getattr(importlib.import_module(library), str(name), None) if library in ("diffusers", "transformers") else None
+    return kind if inspect.isclass(kind) and issubclass(kind, nn.Module) else None
 
 
 def refuse_other_schedule(path: str, config: Any, *unknown: str) -> None:

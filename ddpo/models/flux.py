@@ -80,7 +80,7 @@ class Flux(Networks):
         from diffusers import FluxPipeline
 
         self._refuse_other(path, revision)
-        return FluxPipeline.from_pretrained(path, revision=revision, dtype=self.dtype, use_safetensors=True)
+        return FluxPipeline.from_pretrained(path, revision=revision, use_safetensors=True, **self._networks(path, revision))
 
     def _take(self, pipe: Any) -> None:
         self.pipe, self.network, self.vae = pipe, pipe.transformer, pipe.vae

@@ -67,7 +67,8 @@ class StableDiffusion(Networks):
 
         self._refuse_other(path, revision)
         return StableDiffusionPipeline.from_pretrained(
-            path, revision=revision, dtype=self.dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            path, revision=revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            **self._networks(path, revision),
         )  # fmt: skip
 
     def _take(self, pipe: Any) -> None:

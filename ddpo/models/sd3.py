@@ -70,7 +70,7 @@ class StableDiffusion3(Networks):
         self._refuse_other(path, revision)
         without: dict[str, Any] = {} if self._with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
         return StableDiffusion3Pipeline.from_pretrained(
-            path, revision=revision, dtype=self.dtype, use_safetensors=True, **without
+            path, revision=revision, use_safetensors=True, **without, **self._networks(path, revision, *without)
         )
 
     def _take(self, pipe: Any) -> None:

@@ -51,13 +51,15 @@ class StableDiffusionXL(StableDiffusion):
         self._time_ids = [height, width, 0, 0, height, width]  # original size, top and left of the crop, target size
 
     def _open(self, path: str | Path, revision: str | None) -> Any:
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+        from diffusers import StableDiffusionXLPipeline
 
         self._refuse_other(path, revision)
-        vae = AutoencoderKL.from_pretrained(**self._place("vae", path, revision), use_safetensors=True)
         return StableDiffusionXLPipeline.from_pretrained(
-            path, revision=revision, vae=vae, dtype=self.dtype, use_safetensors=True, add_watermarker=False
+            path, revision=revision, use_safetensors=True, add_watermarker=False, **self._networks(path, revision)
         )
+
+    def _stored(self, part: str) -> torch.dtype:
+        return torch.float32 if part == "vae" else super()._stored(part)
 
     def _take(self, pipe: Any) -> None:
         super()._take(pipe)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from ddpo import experiment
@@ -23,9 +24,10 @@ from ddpo.config import ConfigError
 from ddpo.models import _files
 from ddpo.models._files import UnusableModel
 from ddpo.models.sd import StableDiffusion
-from tests.command import CONFIG, ENVIRONMENT
+from tests.command import CONFIG, ENVIRONMENT, check_same
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -109,10 +111,10 @@ def resized(model: Path, part: str, name: str) -> None:
     save_file(tensors, model / part)
 
 
-def lacking(model: Path) -> None:
-    tensors = load_file(model / UNET)
-    del tensors["conv_in.weight"]
-    save_file(tensors, model / UNET)
+def lacking(model: Path, part: str, name: str) -> None:
+    tensors = load_file(model / part)
+    del tensors[name]
+    save_file(tensors, model / part, metadata={"format": "pt"})
 
 
 # The same, found when the networks are made.
@@ -122,7 +124,16 @@ AT_LOADING = {
         lambda m: resized(m, TEXT, next(name for name in load_file(m / TEXT) if "position_embedding" in name)),
         "has another shape than its config.json",
     ),
-    "a tensor too few": (lacking, "{}/" + UNET + " lacks conv_in.weight (1 tensors in all); copy the model again"),
+    "a tensor too few": (
+        lambda m: lacking(m, UNET, "conv_in.weight"), "{}/unet lacks conv_in.weight (1 tensors in all); copy the model again"
+    ),
+    "a text encoder's tensor too few": (
+        lambda m: lacking(m, TEXT, next(name for name in load_file(m / TEXT) if "final_layer_norm.bias" in name)),
+        "{}/text_encoder lacks ", "final_layer_norm.bias (1 tensors in all); copy the model again",
+    ),
+    "a VAE's tensor too few": (
+        lambda m: lacking(m, VAE, "decoder.conv_out.bias"), "{}/vae lacks decoder.conv_out.bias (1 tensors in all)"
+    ),
     "no weights": (lambda m: (m / UNET).unlink(), "diffusion_pytorch_model.safetensors", "copy it again"),
     "no config": (lambda m: (m / "unet/config.json").unlink(), "config.json", "copy it again"),
 }  # fmt: skip
@@ -136,6 +147,21 @@ def test_what_only_the_networks_can_tell_is_told_in_one_line(model, name):
         StableDiffusion(str(model))
     line = str(caught.value)
     assert "\n" not in line and all(part.replace("{}", str(model)) in line for part in said), line
+
+
+def test_files_with_the_names_of_their_time_are_whole(model):
+    """Stable Diffusion 1.5's: the VAE's attention had other names, and the text encoder's tensors a name in front."""
+    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=4)  # with attention, as the default is
+    vae.save_pretrained(model / "vae")
+    whole = StableDiffusion(str(model), dtype="float32")
+    then = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {re.sub("|".join(then), lambda now: then[now[0]], name): tensor for name, tensor in load_file(model / VAE).items()}
+    text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(model / TEXT).items()}
+    assert any(".query." in name for name in old)
+    for part, tensors in ((VAE, old), (TEXT, text)):
+        save_file(tensors, model / part, metadata={"format": "pt"})
+    for network, other in zip(StableDiffusion(str(model), dtype="float32").helpers, whole.helpers, strict=True):
+        check_same(network.state_dict(), other.state_dict())
 
 
 def test_no_code_of_a_model_is_run(model, tmp_path, monkeypatch):
