@@ -156,12 +156,20 @@ def _default(parameter: inspect.Parameter, made: Any) -> Callable[[], Any] | Non
 
 
 def _deferred(factory: Callable[..., Any], called_with: tuple[str, ...]) -> Callable[..., Any]:
-    """A factory of the function itself, with its options filled in, where it is to be called later; else the factory."""
+    """A factory of the function itself, with its options filled in, where it is to be called later; else the factory.
+
+    Raises NotFound where it takes only some of what it would be called with.
+    """
     if not called_with or not inspect.isfunction(factory):
         return factory
     signature = inspect.signature(factory)
-    if not set(called_with) <= signature.parameters.keys():
+    lacking = [word for word in called_with if word not in signature.parameters]
+    if len(lacking) == len(called_with):
         return factory
+    if lacking:
+        raise NotFound(
+            f"the function {factory.__name__} lacks {', '.join(lacking)}: it is called with {', '.join(called_with)}"
+        )
 
     @functools.wraps(factory)
     def make(**options: Any) -> Callable[..., Any]:

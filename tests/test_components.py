@@ -165,6 +165,8 @@ def test_a_function_that_is_called_later_is_itself_the_component():
     assert Component("later", factory, {"power": 2.0}).build()(3, y=2) == 12
     plain = find(f"{__name__}:later", "scratch_nook", ("images",))  # a function that makes the component
     assert list(parameters(plain)) == ["x", "y", "power"]
+    with pytest.raises(NotFound, match="the function later lacks z: it is called with x, z"):
+        find(f"{__name__}:later", "scratch_nook", ("x", "z"))
 
 
 def test_installed_packages_offer_components_by_name_and_ours_come_first(monkeypatch):
