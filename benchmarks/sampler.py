@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["EFM"])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[2.0, 1.0, 0.5, 1e6])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=48)
     args = parser.parse_args()
     print("| method | lambda | seed | base | q | tuned | tuned - q |\n|---|---|---|---|---|---|---|")
     for method, temperature, seed in itertools.product(args.methods, args.temperatures, args.seeds):
