@@ -84,7 +84,8 @@ class Networks(ABC):
         Raises UnusableModel where a tensor is not there. diffusers and transformers would draw it at random, and only warn.
         """
         found = {}
-        for part, entry in read_index(path, revision).items():
+        index = read_index(path, revision, local_files_only=True)  # the hub was asked which family it is: it is here
+        for part, entry in index.items():
             if part in without or not (kind := network_class(entry)):
                 continue
             place, dtype = self._place(part, path, revision), self._stored(part)
