@@ -73,6 +73,7 @@ def _run(recipe: Recipe, words: list[str], signals: "Signals") -> int:
             meeting.on_main(record.begin)
             trainer, last, alarm = _train(recipe, folder, accelerator, display, meeting)
             meeting.on_main(lambda: _finish(folder, trainer, last, record, display, alarm))
+            signals.done()
         except Stop as e:
             if main:
                 _interrupted(e, recipe, folder, record, display)
@@ -116,7 +117,7 @@ def _interrupted(stop: "Stop", recipe: Recipe, folder: Path, record: "Record", d
     with suppress(FileError):  # the disk may be full: the code and the words below are what matters
         record.write("interrupted", f"{stop} in {display.doing}")
     display.say(
-        f"{stop}: stopped in {display.doing}. Lost is what was computed since the checkpoint {_newest(folder)}, of "
+        f"{stop}: stopped in {display.doing}. Lost is what was computed since {_newest(folder)}, of "
         f"{recipe.run.save_every} iteration{'s' * (recipe.run.save_every > 1)} at most (run.save_every), and no reward: "
         f"those are written down. To go on: {record.resume}"
     )
@@ -140,8 +141,9 @@ def _failed(error: Exception, meeting: "Meeting", folder: Path, record: "Record"
         print(f"stopped: {text}", file=sys.stderr, flush=True)
         with suppress(FileError):  # the disk may be what is wrong
             record.write("failed", text)
-        kept = f"everything up to the last checkpoint, {_newest(folder)}, is kept"
-        display.say(f"{kept}. To go on after mending it: {record.resume}")
+        display.say(
+            f"lost is what was computed since {_newest(folder)}; rewards are kept. To go on after mending it: {record.resume}"
+        )
     if told is not None:
         meeting.close()
     return code
@@ -157,7 +159,9 @@ def _expected(error: Exception) -> bool:
 
 def _newest(folder: Path) -> str:
     named = folder / "checkpoints" / "latest"
-    return str(named.with_name(named.read_text().strip())) if named.exists() else "(there is none yet)"
+    if not named.exists():
+        return "the start, there being no checkpoint yet"
+    return f"the checkpoint {named.with_name(named.read_text().strip())}"
 
 
 def _finish(folder: Path, trainer: Any, last: dict[str, Any], record: "Record", display: Any, alarm: Alarm | None) -> None:
@@ -167,7 +171,7 @@ def _finish(folder: Path, trainer: Any, last: dict[str, Any], record: "Record", 
         best, safe = trainer.baseline.best, trainer.baseline.safe
         print(f"stopped by an alarm, {alarm.name}: {alarm.text}", file=sys.stderr, flush=True)
         display.say(
-            f"everything is kept: the newest checkpoint is {_newest(folder)}; the trained reward was highest at iteration {best}, what "
+            f"everything is kept: the newest is {_newest(folder)}; the trained reward was highest at iteration {best}, what "
             f"is not trained on at {safe}, and both checkpoints are there. {lora} is of the newest, and {folder / 'report.html'} shows "
             f"the run. To go on in spite of it: {record.resume} run.on_alarm=warn"
         )

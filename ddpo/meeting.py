@@ -85,6 +85,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def done(self) -> None:
+        """There is nothing left to stop: only a second signal ends the process before it ends by itself."""
+        self.alone = False
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             if time.monotonic() - self._at > TOGETHER:

@@ -12,10 +12,13 @@ Exit codes (a launcher may give its own in their place; run.json has `status` an
 After each of them the same command goes on where it stopped.
 """
 
+import atexit
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from types import FrameType
 
 USAGE = "usage: accelerate launch -m ddpo.train CONFIG.yaml [--dry-run] [section.key=value ...]"
 
@@ -50,8 +53,10 @@ def main(argv: list[str]) -> int:
 def command(argv: list[str]) -> int:
     """`main` as a program of its own, which is told of signals from the first import on. It returns where all went well; elsewhere
     it ends the process, without waiting for what other threads and processes may be waiting for."""
-    for told in (signal.SIGTERM, signal.SIGINT):  # while libraries are imported; experiment.run takes over from there
-        signal.signal(told, _leave)
+    _at_signals(_leave)  # while libraries are imported; experiment.run takes over from there
+    # Python gives signals their default back while it ends: whoever asked a finished run to end would see it killed. Registered
+    # before what libraries register, this is called after it.
+    atexit.register(_at_signals, signal.SIG_IGN)
     try:
         code = main(argv)
     except Exception:
@@ -61,11 +66,17 @@ def command(argv: list[str]) -> int:
     sys.stderr.flush()
     if code:
         os._exit(code)
+    _at_signals(lambda *_: os._exit(0))  # all is done; what other threads and libraries still do need not be waited for
     return code
 
 
-def _leave(number: int, frame: object) -> None:
-    os.write(2, f"{signal.Signals(number).name}: stopped before training began; nothing is lost\n".encode())
+def _at_signals(do: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, do)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{signal.Signals(number).name}: stopped outside of training; nothing is lost\n".encode())
     os._exit(128 + number)
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ddpo import experiment
-from ddpo.meeting import Signals, Stop
+from ddpo.meeting import Meeting, Signals, Stop
 from tests.command import ROOT, check_same, config, finish, start, started  # noqa: F401
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -79,10 +79,10 @@ def test_the_second_signal_ends_the_process_at_once():
 
 
 def interrupted(config, folder, number, wait, launcher=(sys.executable,)):  # noqa: F811
-    """Starts the run, sends the signal `wait` seconds after its first line of metrics; returns (exit code, output, seconds it took
-    to end), or None where the run was done before."""
+    """Starts the run, sends the signal `wait` seconds after the folder has a line of metrics and the process handles signals; returns
+    (exit code, output, seconds it took to end), or None where the run was done before, or so far that it only had to leave."""
     process = start(config, folder, launcher)
-    while not started(folder) and process.poll() is None:
+    while not (started(folder) and handles_signals(process.pid)) and process.poll() is None:
         time.sleep(0.02)
     try:
         process.wait(wait)
@@ -93,13 +93,22 @@ def interrupted(config, folder, number, wait, launcher=(sys.executable,)):  # no
     process.send_signal(number)
     asked = time.monotonic()
     output, _ = process.communicate(timeout=120)
+    if process.returncode == 0:
+        assert "ddpo generate" in output and json.loads((folder / "run.json").read_text())["status"] == "finished"
+        return None
     return process.returncode, output, time.monotonic() - asked
+
+
+def handles_signals(pid):
+    """Past Python's own start, in which a signal kills a process."""
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return all(int(caught[1], 16) >> (number - 1) & 1 for number in CODES) if caught else False
 
 
 def check_told(folder, number, code, output):
     assert code == CODES[number] and "Traceback" not in output, output
     said = " ".join(output.split())
-    if "stopped before training began; nothing is lost" in said:
+    if "nothing is lost" in said:  # before training began
         return
     assert f"{signal.Signals(number).name}: stopped in " in said and "To go on: accelerate launch -m ddpo.train" in said
     run = json.loads((folder / "run.json").read_text())
@@ -130,7 +139,60 @@ sys.exit(cli.main(["train", "run.yaml"]))
 
 def test_the_console_command_is_told_of_signals_as_early_as_the_module_is():
     ended = subprocess.run([sys.executable, "-c", VERB], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 143 and ended.stderr == "SIGTERM: stopped before training began; nothing is lost\n"
+    assert ended.returncode == 143 and ended.stderr == "SIGTERM: stopped outside of training; nothing is lost\n"
+
+
+LATE = """
+import os, signal, sys, threading, time
+from ddpo import train
+
+def tell():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+class AtTheEnd:
+    def __init__(self, kill, pid, number):  # modules lose what they hold before this is called
+        self.tell = lambda: kill(pid, number)
+    def __del__(self):
+        print("told", flush=True)
+        self.tell()
+
+def main(words):
+    global last
+    if words == ["thread"]:
+        threading.Timer(0.2, tell).start()
+        threading.Timer(60.0, print, ["a library that is still busy"]).start()
+    if words == ["atexit"]:
+        import atexit
+        atexit.register(tell)
+    if words == ["teardown"]:
+        last = AtTheEnd(os.kill, os.getpid(), signal.SIGINT)
+    return 0
+
+train.main = main
+sys.exit(train.command(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("where", ["thread", "atexit", "teardown"])
+def test_a_signal_to_a_finished_run_changes_nothing(where):
+    ended = subprocess.run(
+        [sys.executable, "-c", LATE, where], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "told\n" if where == "teardown" else "", "")
+
+
+def test_a_run_that_is_done_does_not_end_for_a_signal(monkeypatch, tmp_path, tiny, config):  # noqa: F811
+    closed = Meeting.close
+
+    def told(self):
+        signal.raise_signal(signal.SIGTERM)
+        closed(self)
+
+    monkeypatch.setattr(Meeting, "close", told)
+    recipe = experiment.read(str(config), [f"run.output={tmp_path / 'run'}", "run.iterations=1"], 1).recipe
+    assert experiment.run(recipe, [str(config)]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -152,6 +214,7 @@ def check_many(config, tmp_path, stops, seed):  # noqa: F811
         folder, number = tmp_path / f"run-{run}", chance.choice(list(CODES))
         ended = interrupted(config, folder, number, chance.uniform(0, training))
         if ended is None:
+            assert run < stops, "signals are not heeded"
             check_same(whole, load_file(folder / "lora" / "pytorch_lora_weights.safetensors"))
             run += 1
             continue

@@ -72,7 +72,7 @@ def test_a_journal_that_one_cannot_write_ends_both_and_the_same_command_goes_on(
     said = (
         f"process 1: {tmp_path / 'run' / 'rewards-rank1.jsonl'} cannot be read or written ([Errno 28] No space left on device)"
     )
-    check_ends(run, 1, f"stopped: {said}", "checkpoints/step-00000001, is kept. To go on after mending it:")
+    check_ends(run, 1, f"stopped: {said}", "checkpoints/step-00000001; rewards are kept. To go on after mending it:")
     assert failure(run.folder).startswith(said) and leftovers(run.folder) == []
     assert (run.folder / "checkpoints" / "latest").read_text() == "step-00000001\n"
     kept = rewards(run.folder)
@@ -137,7 +137,7 @@ def test_one_that_stands_still_is_told_with_the_phase_when_the_time_is_up(config
     said = " ".join(said_by(tmp_path / "out", 0).read_text().split())
     assert standing[0].exitcode == 1 and standing[1].exitcode is None and "Traceback" not in said, said
     assert said.count("another process has not answered for 0.1 minutes (run.timeout)") == 1
-    assert "stopped: in iteration 2/3 · sampling" in said and "step-00000001, is kept" in said
+    assert "stopped: in iteration 2/3 · sampling" in said and "lost is what was computed since the checkpoint " in said
     assert failure(tmp_path / "run").startswith("in iteration 2/3 · sampling")
 
 
