@@ -86,6 +86,9 @@ METHODS = {
     "RAM": Method(
         "{name: 'ram:RAM', temperature: 0.02, lowest: 0.6}", "nowhere", ("advantage={name: 'advantage:LeaveOneOut'}",)
     ),
+    "EFM": Method(
+        "{name: 'efm:EFM', temperature: 0.02, lowest: 0.6}", "nowhere", ("advantage={name: 'advantage:LeaveOneOut'}",)
+    ),
     "RWR": Method("{name: 'forward:RWR', lowest: 0.6}"),
     "RAFT (best of 8)": Method("{name: 'forward:RAFT', lowest: 0.6}"),
     "Diffusion-DPO": Method("{name: 'dpo:DiffusionDPO'}"),
