@@ -151,7 +151,8 @@ def test_what_the_page_says_of_itself_names_no_folder(either):
     assert temporary and all(p.stat().st_mode & 0o777 == 0o700 for p in temporary if p.owner() == Path.home().owner())
     for path in ("/", "/config", "/gradio_api/info", "/gradio_api/startup-events", "/gradio_api/openapi.json"):
         said = either.get(path).text
-        for place in (either.log.parent, ROOT, Path.home()):  # whole: a checkout may be in /app, and so begin a route of Gradio's
+        # Whole: a checkout may be in /app, with which a route of Gradio's may begin too.
+        for place in (either.log.parent, ROOT, Path.home()):
             assert not re.search(rf"(?<![\w<./-]){re.escape(str(place))}(?![\w.-])", said), f"{path} names {place}"
         assert "ddpo-app-" not in said
     assert [either.get(p).status_code for p in ("/monitoring", "/gradio_api/runs", "/docs", "/openapi.json")] == [404] * 4
