@@ -6,6 +6,7 @@ tried in a notebook. Files whose names begin with "_" hold what scorers share.
 """
 
 from rewards._contract import Card, Reward, RewardError, Verdict, check, name_of, score
-from rewards._rubric import Part, Rubric
+from rewards._part import Part
+from rewards._rubric import Rubric
 
 __all__ = ["Card", "Part", "Reward", "RewardError", "Rubric", "Verdict", "check", "name_of", "score"]

@@ -1,87 +1,17 @@
 """What a run is rewarded for: named scorers, what each counts, and how far each may fall."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rewards._contract import Reward, RewardError, name_of, score
+from rewards._contract import Reward, RewardError, name_of
+from rewards._part import Part, optional
 
 HORIZON = 3  # evaluations that a floor looks ahead
-
-
-@dataclass
-class Part:
-    """One scorer of a rubric.
-
-    Args:
-        reward: the scorer.
-        weight: what it counts in the sum.
-        floor: how many standard errors its held-out mean may fall below the base model's; None is any number.
-        device: where it computes; None is where the pictures are.
-        offload: keep it in the CPU's memory between uses.
-
-    Attributes:
-        most: pictures a call; None is no limit. It is found when the memory does not hold more.
-    """
-
-    reward: Reward
-    weight: float = 1.0
-    floor: float | None = None
-    device: str | None = None
-    offload: bool = False
-    most: int | None = field(default=None, init=False)
-    _home: torch.device = field(default_factory=lambda: torch.device("cpu"), init=False, repr=False)
-    _scored: int = field(default=0, init=False, repr=False)
-    _seconds: float = field(default=0.0, init=False, repr=False)
-
-    def to(self, device: torch.device | str) -> None:
-        self._home = torch.device(self.device or device)
-        if not self.offload:
-            _call(self.reward, "to", self._home)
-
-    def score(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
-        """(B,) through the gate; in halves where the device's memory does not hold the whole."""
-        start = time.perf_counter()
-        if self.offload:
-            _call(self.reward, "to", self._home)
-        try:
-            scores = self._in_pieces(name, images.to(self._home) if self.device else images, prompts, metadata)
-        finally:
-            graph = torch.is_grad_enabled() and images.requires_grad
-            if self.offload and not graph:  # which holds on to the weights where they are
-                _call(self.reward, "to", torch.device("cpu"))
-        self._seconds += time.perf_counter() - start
-        self._scored += len(prompts)
-        return scores
-
-    def _in_pieces(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
-        if self.most and len(prompts) > self.most:
-            pieces = [slice(i, i + self.most) for i in range(0, len(prompts), self.most)]
-            return torch.cat([self._in_pieces(name, images[p], prompts[p], metadata[p]) for p in pieces])
-        try:
-            return score(name, self.reward, images, prompts, metadata)
-        except RewardError as error:
-            if not isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise
-            if len(prompts) == 1 or self.groupwise:
-                remedy = "set device: cpu, another GPU, or offload: true on it"
-                raise RewardError(f"reward {name!r} does not fit in memory with {len(prompts)} pictures: {remedy}") from error
-        self.most = len(prompts) // 2  # outside the handler: its traceback would keep the failed batch in memory
-        return self._in_pieces(name, images, prompts, metadata)
-
-    @property
-    def groupwise(self) -> bool:
-        """Whether each call must bring one whole prompt group."""
-        return bool(getattr(self.reward, "groupwise", False))
-
-    @property
-    def images_per_second(self) -> float:
-        return self._scored / self._seconds if self._seconds else math.nan
 
 
 class _Held(NamedTuple):
@@ -205,9 +135,9 @@ class Rubric:
             if not math.isfinite(margin):
                 continue
             held = self._held[name]
-            trend = (
-                margin - held.margin if margin >= 0 else min(0.0, margin - held.margin)
-            )  # while broken, a rise is no promise
+            trend = margin - held.margin
+            if margin < 0:  # while broken, a rise is no promise
+                trend = min(0.0, trend)
             ahead = margin + HORIZON * trend
             lack = min(1.0, max(-1.0, 2 * (0.5 * (self.parts[name].floor or 0.0) - ahead)))
             accumulated = min(1e3, max(1e-3, held.accumulated * 2.0**lack))
@@ -224,7 +154,7 @@ class Rubric:
         """
         for name, part in self.parts.items():
             try:
-                _call(part.reward, "load")
+                optional(part.reward, "load")
             except RewardError:
                 raise
             except Exception as error:
@@ -251,7 +181,7 @@ class Rubric:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What changes while training, as JSON and as tensors."""
-        tensors = {f"{n}.{k}": v for n, p in self.parts.items() for k, v in (_call(p.reward, "state") or {}).items()}
+        tensors = {f"{n}.{k}": v for n, p in self.parts.items() for k, v in (optional(p.reward, "state") or {}).items()}
         most = {name: part.most for name, part in self.parts.items()}
         return {"floors": {name: list(held) for name, held in self._held.items()}, "most": most}, tensors
 
@@ -261,17 +191,11 @@ class Rubric:
             part.most = state["most"][name]
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             if own:
-                _call(part.reward, "load_state", own)
+                optional(part.reward, "load_state", own)
 
     def _each(self, method: str, *arguments: Any) -> None:
         for part in self.parts.values():
-            _call(part.reward, method, *arguments)
-
-
-def _call(reward: Reward, method: str, *arguments: Any) -> Any:
-    """A method that a scorer may have or not."""
-    found: Callable[..., Any] | None = getattr(reward, method, None)
-    return found(*arguments) if callable(found) else None
+            optional(part.reward, method, *arguments)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
